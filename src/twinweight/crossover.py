@@ -1,0 +1,170 @@
+"""`Crossovers`: measured times of every path per shape, and the routes that follow from them. No constant decides a path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from twinweight.kernels import backend_for, dense_linear
+from twinweight.paths import Path, Route
+from twinweight.timing import Timing, interleaved
+from twinweight.weight import Int4Weight
+
+_GRID = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256), "gpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
+_CPU_ELEMENTS = 2 << 20  # on the CPU a slice of rows stands for the weight: time per row does not depend on N there
+_ROTATE_BYTES = 96 << 20  # each variant cycles through copies of its weight, so that caches do not answer for memory
+_MAX_COPIES = 6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a measurement holds for: two weights of equal `Shape` run at equal speed."""
+
+    n: int
+    k: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a call at each number of rows in `ms`, per choice: "int4", "fused", or "twin:<dtype>".
+
+    n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it.
+    """
+
+    ms: tuple[int, ...]
+    times: dict[str, tuple[Timing, ...]]
+    n: int
+
+    def route(self, choices: Iterable[str]) -> Route:
+        """The winner from each measured number of rows on.
+
+        A path takes over only where it beats the one before by more than the measured spread of both, and starts at the first
+        measured size where it does, so that noise neither flips a choice nor moves it below what was seen.
+        """
+        names = list(choices)
+        current = min(names, key=lambda c: self.times[c][0].median)
+        starts, paths = [0], [_path_of(current)]
+        for i, m in enumerate(self.ms[1:], start=1):
+            best = min(names, key=lambda c: self.times[c][i].median)
+            now, new = self.times[current][i], self.times[best][i]
+            if new.median * (1 + new.spread + now.spread) < now.median and _path_of(best) != paths[-1]:
+                starts.append(m)
+                paths.append(_path_of(best))
+                current = best
+        return Route(tuple(starts), tuple(paths))
+
+    def saved(self, choice: str, without: Iterable[str]) -> float:
+        """Seconds that `choice` saves at the largest measured number of rows, against the best of `without`."""
+        return min(self.times[c][-1].median for c in without) - self.times[choice][-1].median
+
+
+@dataclass
+class Crossovers:
+    """The measurements, by shape; a shape is measured once, when it is first asked for."""
+
+    measured: dict[Shape, Measured] = field(default_factory=dict)
+
+    def get(self, shape: Shape, *, with_twins: bool = True) -> Measured:
+        """The measurement of a shape. Without twins only the paths that need none are timed, and not at all where there is one."""
+        found = self.measured.get(shape)
+        if found is None or (with_twins and not any(c.startswith("twin:") for c in found.times)):
+            found = self.measured[shape] = measure(shape, with_twins=with_twins)
+        return found
+
+
+def twin_choice(dtype: torch.dtype) -> str:
+    """The name of a twin of this dtype in `Measured.times`."""
+    return "twin:" + str(dtype).removeprefix("torch.")
+
+
+def without_twin(device: torch.device) -> list[str]:
+    """The names of the paths that need no twin."""
+    return [Path(p).name.lower() for p in backend_for(device).paths_without_twin()]
+
+
+def measure(shape: Shape, *, with_twins: bool = True, repeats: int = 3) -> Measured:
+    """Time every path of one shape on random data. Well under a second on a CPU; temporaries stay below 256 MiB there."""
+    names = without_twin(shape.device)
+    if not with_twins and len(names) == 1:
+        zero = Timing(0.0, 0.0, 0.0)
+        return Measured((1,), {names[0]: (zero,)}, shape.n)
+    n = shape.n
+    if shape.device.type == "cpu":
+        n = min(n, max(64, _CPU_ELEMENTS // shape.k // 64 * 64))
+    variants = _variants(shape, n, with_twins)
+    grid = _GRID["cpu" if shape.device.type == "cpu" else "gpu"]
+    times: dict[str, list[Timing]] = {name: [] for name in variants}
+    for m in grid:
+        x = torch.randn(m, shape.k, dtype=torch.float32, device=shape.device).to(shape.dtype)
+        # Short calls are repeated inside one sample: a clock around a single one of them measures the clock.
+        inner = max(1, 16 // m)
+        calls = {name: _repeat(call, x, inner) for name, call in variants.items()}
+        for name, timing in interleaved(calls, device=shape.device, repeats=repeats).items():
+            times[name].append(Timing(timing.median / inner, timing.min / inner, timing.max / inner))
+    return Measured(grid, {name: tuple(t) for name, t in times.items()}, n)
+
+
+def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int) -> Callable[[], object]:
+    def run() -> None:
+        for _ in range(times):
+            call(x)
+
+    return run
+
+
+def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[torch.Tensor], object]]:
+    """One callable a choice, on weights of random values."""
+    backend = backend_for(shape.device)
+    weight = _random_weight(shape, n)
+    copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(1, weight.nbytes)))
+    kernels = [backend.prepare(weight) for _ in range(copies)]
+
+    def rotating(count: int, call: Callable[[int, torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
+        state = {"at": 0}
+
+        def run(x: torch.Tensor) -> object:
+            state["at"] = (state["at"] + 1) % count
+            return call(state["at"], x)
+
+        return run
+
+    variants: dict[str, Callable[[torch.Tensor], object]] = {}
+    for name in without_twin(shape.device):
+        linear = backend.int4_linear if name == "int4" else backend.fused_linear
+        variants[name] = rotating(len(kernels), lambda i, x, linear=linear: linear(x, kernels[i], None))  # type: ignore[misc]
+    for dtype in backend.twin_dtypes(shape.dtype) if with_twins else ():
+        count = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(1, n * shape.k * dtype.itemsize)))
+        twins = [backend.empty_twin(n, shape.k, dtype, shape.device) for _ in range(count)]
+        for twin in twins:
+            backend.expand(kernels[0], twin)
+        variants[twin_choice(dtype)] = rotating(count, lambda i, x, twins=twins: dense_linear(x, twins[i], None))  # type: ignore[misc]
+    return variants
+
+
+def _random_weight(shape: Shape, n: int) -> Int4Weight:
+    generator = torch.Generator(shape.device).manual_seed(0)
+    words = torch.randint(
+        -(2**31), 2**31 - 1, (n, math.ceil(shape.k / 8)), generator=generator, device=shape.device, dtype=torch.int32
+    )
+    groups = shape.k // shape.group_size
+    scales = (torch.rand(n, groups, generator=generator, device=shape.device) * 0.01 + 0.001).to(shape.dtype)
+    zeros = None
+    if not shape.symmetric:
+        zeros = torch.randint(4, 12, (n, groups), generator=generator, device=shape.device, dtype=torch.uint8)
+    g_idx = None
+    if shape.act_order:
+        order = torch.randperm(shape.k, generator=generator, device=shape.device)
+        g_idx = (order // shape.group_size).to(torch.int32)
+    return Int4Weight(words, scales, zeros, g_idx, shape.group_size, shape.k)
+
+
+def _path_of(choice: str) -> Path:
+    return Path.TWIN if choice.startswith("twin:") else Path[choice.upper()]

@@ -1,0 +1,42 @@
+"""`make demo`: what a twin buys and what it costs, on real text and on a model of true shape, in about two minutes on two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from twinweight import presets, synth
+from twinweight.bench import Workload, bench
+from twinweight.engines.hf import load
+from twinweight.errors import ConfigError
+from twinweight.quality import compare
+
+PRESET = "qwen3-0.6b"
+PROMPTS = (
+    "import os\nimport sys\n\n",
+    "class Error(Exception):\n",
+    "    def __init__(self",
+    "    if not isinstance(",
+)
+
+
+def quality(model_dir: Path) -> dict[str, Any]:
+    """Perplexity and greedy text of the shipped model, per arm. Raises ConfigError where it is not there."""
+    from transformers import AutoTokenizer
+
+    text = model_dir / "heldout.txt"
+    if not text.exists():
+        raise ConfigError(f"no trained model at {model_dir}: run this from the repository, or name the directory")
+    model = load(model_dir, mode="soft", progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    return compare(model, tokenizer, text.read_text(encoding="utf-8"), PROMPTS)
+
+
+def speed(directory: Path, *, repeats: int, prompt_tokens: int, step: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """`bench` on a synthetic Qwen3-0.6B, written into `directory` unless it is there from an earlier run."""
+    out = directory / f"synth-{PRESET}"
+    if not (out / synth.MARKER).exists():
+        synth.write(presets.preset(PRESET), out)
+    model = load(out, mode="soft", progress=False)
+    return bench(model, Workload(prompt_tokens=prompt_tokens, output_tokens=32), repeats=repeats, step=step)

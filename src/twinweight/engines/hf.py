@@ -1,0 +1,323 @@
+"""The embedded engine: a W4A16 checkpoint as a `transformers` model, in one process, on the CPU or a GPU.
+
+Everything is decided from headers before a weight is read: which modules are int4, what they weigh, which twins fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from twinweight import formats
+from twinweight.checkpoint import Checkpoint
+from twinweight.crossover import Crossovers, Shape
+from twinweight.engines.names import match_names
+from twinweight.errors import CheckpointError, ConfigError, UnsupportedError
+from twinweight.formats import fusion
+from twinweight.formats.fusion import Part
+from twinweight.kernels import backend_for
+from twinweight.kernels.prepared import TILE_BYTES
+from twinweight.linear import Int4Linear
+from twinweight.memory import read_memory
+from twinweight.plan import Budget, Mode, check_mode
+from twinweight.twins import TwinState, build_twins, decide
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger("twinweight")
+
+_SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"
+_KV_FLOOR_TOKENS = 4096
+
+
+def mode_from_environment(default: Mode = "soft") -> Mode:
+    """TWINWEIGHT_MODE, else `soft` where VLLM_W4A16_PREFILL_BF16=1 (the switch this project started from), else the default."""
+    if value := os.environ.get("TWINWEIGHT_MODE"):
+        return check_mode(value)
+    return "soft" if os.environ.get(_SEED_SWITCH) == "1" else default
+
+
+def load(
+    path: str | Path,
+    *,
+    mode: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    utilization: float = 0.9,
+    kv_floor: int | None = None,
+    crossovers: Crossovers | None = None,
+    progress: bool | None = None,
+) -> PreTrainedModel:
+    """Load a W4A16 checkpoint (compressed-tensors, GPTQ, AWQ) as a transformers model in eval mode.
+
+    path: a local model directory.
+    mode: "off", "soft" or "hard"; None reads TWINWEIGHT_MODE, then means "soft".
+    device: None takes the GPU if there is one.
+    dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is fast in bf16.
+    utilization: share of the device's memory that may be used at all.
+    kv_floor: KV-cache tokens that twins may never take; None is 4096, or the model's maximum where that is less.
+    crossovers: measurements to reuse; progress: show a bar (None: on a terminal).
+
+    Raises CheckpointError or UnsupportedError for a checkpoint that cannot be run, BudgetError where mode "hard" does not
+    fit, ConfigError for a bad argument. Nothing half-loaded stays.
+    """
+    chosen = mode_from_environment() if mode is None else check_mode(mode)
+    where = _device(device)
+    ckpt, fmt, model = _open(path, where, dtype)
+    dtype = model.dtype
+    layout = _lay_out(model, ckpt, fmt, where, dtype)
+    crossovers = crossovers or Crossovers()
+    budget = _budget(model, layout, where, dtype, utilization, kv_floor)
+    decided = decide(layout.shapes, budget, chosen, crossovers)
+    with _bar(len(layout.parts) + len(decided.twins), progress) as step:
+        for name in layout.parts:
+            _load_int4(model, name, layout, fmt, ckpt, where, dtype)
+            step(name)
+        _load_dense(model, ckpt, layout, where)
+        model.twinweight = TwinState(decided, crossovers)
+        build_twins(model, step)
+    _load_generation_config(model, ckpt)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint as its headers describe it. shapes: of the int4 modules, as the CPU would hold them."""
+
+    architecture: str
+    format: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    shapes: Mapping[str, Shape]
+    dense_bytes: int
+
+
+def describe(path: str | Path) -> Description:
+    """What `load` would load, without reading a weight. Raises CheckpointError and UnsupportedError as `load` does."""
+    device = torch.device("cpu")
+    ckpt, fmt, model = _open(path, device, None)
+    layout = _lay_out(model, ckpt, fmt, device, model.dtype)
+    return Description(type(model).__name__, fmt.name, model.config, model.dtype, layout.shapes, _dense_bytes(model, layout))
+
+
+def _open(
+    path: str | Path, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Checkpoint, formats.Format, PreTrainedModel]:
+    ckpt = Checkpoint.open(path)
+    fmt = formats.detect(ckpt)
+    config = _config(ckpt)
+    return ckpt, fmt, _skeleton(config, _dtype(dtype, config, device), ckpt)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What goes where, from headers alone, by the model's names.
+
+    parts: int4 module -> the stored modules it is made of. shapes: of the int4 modules. dense: parameter or buffer that is stored as
+    it is -> its tensor in the checkpoint, or the parts it is joined from.
+    """
+
+    parts: Mapping[str, tuple[Part, ...]]
+    shapes: Mapping[str, Shape]
+    dense: Mapping[str, str | tuple[Part, ...]]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}, which torch does not know") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no GPU")
+    if where.type != "cpu" and where.index is None:
+        where = torch.device(where.type, torch.get_device_module(where.type).current_device())
+    return where
+
+
+def _config(ckpt: Checkpoint) -> PretrainedConfig:
+    """The transformers config without its quantization: the weights are ours to read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(ckpt.path, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedError(
+            file=ckpt.path / "config.json", expected="a model that transformers knows", found=str(error).split("\n")[0]
+        ) from error
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _dtype(dtype: torch.dtype | None, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    stored = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.bfloat16
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ConfigError(f"dtype is {dtype}, expected torch.bfloat16 or torch.float16: W4A16 has 16-bit activations")
+    return dtype
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype, ckpt: Checkpoint) -> PreTrainedModel:
+    """The model with parameters on the meta device and its buffers (rotary tables, ...) computed."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    architecture = (config.architectures or [""])[0]
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not hasattr(cls, "generate"):
+        raise UnsupportedError(
+            file=ckpt.path / "config.json", expected="architectures: a model of transformers that generates", found=architecture or "none"
+        )
+    with init_empty_weights(include_buffers=False):
+        return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+
+def _lay_out(model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, device: torch.device, dtype: torch.dtype) -> _Layout:
+    """Match modules and tensors, and check every header. Raises before anything is read."""
+    names = match_names(model, ckpt)
+    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    stored = {names.module(name): shape for name, shape in linears.items()}
+    parts: dict[str, tuple[Part, ...]] = {}
+    shapes: dict[str, Shape] = {}
+    for name, (n, k) in linears.items():
+        if f"{name}.weight" in tied and f"{name}.weight" not in names.tensors and not fmt.owned_tensors(names.module(name)):
+            continue
+        found = fusion.resolve(names.module(name), stored, lambda module: fusion.stored_shape(fmt, module))
+        if not fusion.is_int4(fmt, found):
+            continue
+        for part in found:
+            fmt.check(part.name, fmt.shape(part.name))
+        parts[name] = found
+        kind = fmt.describe(found[0].name)
+        shapes[name] = Shape(n, k, kind.group_size, kind.symmetric, kind.act_order, dtype, device)
+    dense: dict[str, str | tuple[Part, ...]] = {}
+    for name, tensor in _stored_tensors(model):
+        module, _, leaf = name.rpartition(".")
+        if name in names.tensors:
+            if module not in parts:
+                dense[name] = names.tensors[name]
+                _check_shape(ckpt, names.tensors[name], tuple(tensor.shape))
+        elif module in parts or name in tied:
+            continue
+        elif module in linears:
+            dense[name] = fusion.resolve(names.module(module), stored, lambda m: fusion.stored_shape(fmt, m))
+        else:
+            raise CheckpointError(file=ckpt.source, tensor=name, expected=f"shape {list(tensor.shape)}", found="no such tensor")
+    return _Layout(parts, shapes, dense)
+
+
+def _check_shape(ckpt: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    info = ckpt.info(name)
+    if info.shape != shape:
+        raise CheckpointError(file=info.file, tensor=name, expected=f"shape {list(shape)}", found=str(list(info.shape)))
+
+
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers: what a checkpoint must hold. Tied parameters appear under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _budget(
+    model: PreTrainedModel, layout: _Layout, device: torch.device, dtype: torch.dtype, utilization: float, kv_floor: int | None
+) -> Budget:
+    """The budget as it will be once the int4 and dense weights are in place: sizes are known, nothing is loaded yet."""
+    memory = read_memory(device)
+    backend = backend_for(device)
+    weights = sum(backend.weight_bytes(s.n, s.k, s.group_size, s.act_order, s.symmetric) for s in layout.shapes.values())
+    dense = _dense_bytes(model, layout)
+    if kv_floor is None:
+        kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
+    reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
+    return Budget(memory.total, max(0, memory.free - weights - dense), utilization, TILE_BYTES, reserve)
+
+
+def _dense_bytes(model: PreTrainedModel, layout: _Layout) -> int:
+    tensors = dict(_stored_tensors(model))
+    return sum(tensors[name].numel() * tensors[name].dtype.itemsize for name in layout.dense)
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token adds to the KV cache: keys and values of every layer, in the activation dtype."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
+
+
+def _load_int4(
+    model: PreTrainedModel, name: str, layout: _Layout, fmt: formats.Format, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Replace one `nn.Linear` by an `Int4Linear`. The file's pages leave memory with the tensors read."""
+    old = model.get_submodule(name)
+    parts = layout.parts[name]
+    weight = fusion.read_int4(fmt, parts, dtype).to(device)
+    bias = fusion.read_dense(ckpt, parts, "bias").to(device, dtype, copy=True) if old.bias is not None else None
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, Int4Linear(weight, bias))
+
+
+def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, device: torch.device) -> None:
+    """Fill what is stored as it is, in the dtype the model gave it, then tie, then move the computed buffers."""
+    tensors = dict(_stored_tensors(model))
+    for name, source in layout.dense.items():
+        module_name, _, leaf = name.rpartition(".")
+        data = ckpt.read(source) if isinstance(source, str) else fusion.read_dense(ckpt, source, leaf)
+        data = data.to(device, tensors[name].dtype, copy=True)
+        module = model.get_submodule(module_name)
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(data, requires_grad=False)
+        else:
+            module._buffers[leaf] = data
+    model.tie_weights()
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[leaf] = buffer.to(device)
+    if left := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise CheckpointError(file=ckpt.source, tensor=left[0], expected="data for every parameter", found=f"none for {len(left)}")
+
+
+def _load_generation_config(model: PreTrainedModel, ckpt: Checkpoint) -> None:
+    from transformers import GenerationConfig
+
+    if (ckpt.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(ckpt.path, local_files_only=True)
+
+
+@contextmanager
+def _bar(total: int, show: bool | None) -> Iterator[Callable[[str], None]]:
+    """A progress bar on standard error; yields what to call with the name of each finished weight."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=total)
+
+        def step(name: str) -> None:
+            bar.update(task, advance=1, description=name[-40:])
+
+        yield step

@@ -1,0 +1,27 @@
+"""What the kernels ask of a torch device: its `DeviceTraits`, and to run on it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .tiles import DeviceTraits
+
+
+@cache
+def traits_of(device: torch.device) -> DeviceTraits:
+    """Traits of a GPU; for the CPU those of a small NVIDIA one, with Triton's interpreter, which truncates to bf16."""
+    if device.type != "cuda":
+        return DeviceTraits("nvidia", warp_size=32, multiprocessors=8, shared_memory=101376, rounds_bf16=False)
+    p = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        # gfx942 and gfx11/12 have no such conversion (gfx950 has; using integers there is right, and not the fastest)
+        return DeviceTraits("amd", p.warp_size, p.multi_processor_count, shared_memory=65536, rounds_bf16=False)
+    return DeviceTraits("nvidia", p.warp_size, p.multi_processor_count, p.shared_memory_per_block_optin, rounds_bf16=True)
+
+
+def on_device(tensor: Tensor) -> torch.cuda.device_of:
+    """Context in which a Triton launch goes to the GPU of `tensor`, not the current one; nothing on the CPU."""
+    return torch.cuda.device_of(tensor)

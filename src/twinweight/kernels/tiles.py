@@ -1,0 +1,119 @@
+"""Tile choice: one pure function a kernel, from shapes and `DeviceTraits` to one frozen dataclass.
+
+Provenance of every number here: UNTUNED. Chosen by counting (bytes in flight, programs a multiprocessor, registers)
+and compiled for cuda 80/90/100 and gfx942/1100/1151/1201 without register spills; nothing was measured yet. To be
+measured on an H200; RDNA and CDNA remain "compiled for". All kernels accept any legal tiles, so tests and tuners force them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What tile choice may know of a GPU.
+
+    shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
+    """
+
+    vendor: Literal["nvidia", "amd"]
+    warp_size: int
+    multiprocessors: int
+    shared_memory: int
+    rounds_bf16: bool
+
+
+@dataclass(frozen=True)
+class GemvTiles:
+    """One row of x at a time: block_n output features by block_words packed words (8 columns each), `split_k` parts of K."""
+
+    block_n: int
+    block_words: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class DotTiles:
+    """A tile of block_m x block_n outputs on matrix instructions, K in steps of 8 * block_words (>= 16 words).
+
+    group_n: n-tiles that run together, so that the x and weight tiles they share stay in L2.
+    sort_x: reorder x once in a pass of its own (many rows), not in registers in the inner loop (few rows).
+    """
+
+    block_m: int
+    block_n: int
+    block_words: int
+    split_k: int
+    group_n: int
+    sort_x: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpandTiles:
+    """block_n rows by block_words words (8 columns each) of the dense weight a program."""
+
+    block_n: int
+    block_words: int
+    num_warps: int
+
+
+def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> GemvTiles | DotTiles:
+    """Tiles for `int4_linear`: reductions for one row, matrix instructions (rows padded to 16) from two.
+
+    Two rows already pay for the padding: what bounds a GPU at small M is reading and unpacking the weight, and the GEMV
+    kernel does that once a row. Untuned (see the module docstring).
+    """
+    words = -(-k // 8)
+    if m <= 1:
+        block_n, block_words = 16, 64
+        programs = -(-n // block_n)
+        split = _split_k(programs, -(-words // block_words), 8 * traits.multiprocessors, least=2)
+        return GemvTiles(block_n, block_words, split, num_warps=4, num_stages=2)
+    block_m = 16 if m <= 16 else 32
+    block_n = 64 if traits.vendor == "nvidia" else 32
+    programs = -(-n // block_n) * -(-m // block_m)
+    split = _split_k(programs, -(-words // 16), 4 * traits.multiprocessors, least=8)
+    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if traits.vendor == "nvidia" else 2,
+                    num_stages=_stages(4, block_m, block_n, traits))
+
+
+def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+    """Tiles for `fused_linear`, 32 rows and more. Untuned (see the module docstring)."""
+    words = -(-k // 8)
+    if m <= 32:
+        tiles = decode_tiles(max(m, 2), n, k, group_size, traits)
+        if isinstance(tiles, DotTiles):
+            return tiles
+    block_m = 64 if m <= 64 else 128
+    block_n = 128 if traits.vendor == "nvidia" else 64
+    programs = -(-n // block_n) * -(-m // block_m)
+    split = _split_k(programs, -(-words // 16), traits.multiprocessors, least=8)
+    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=True, num_warps=8 if block_m * block_n > 8192 else 4,
+                    num_stages=_stages(4, block_m, block_n, traits))
+
+
+def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
+    """Tiles for `expand`: each thread writes 16 bytes of whole cache lines. Untuned (see the module docstring)."""
+    return ExpandTiles(block_n=16, block_words=64, num_warps=4)
+
+
+def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
+    """Parts of K so that `wanted` programs run, each with `least` steps or more; a power of two to bound compilations."""
+    split = 1
+    while programs * split < wanted and steps // (2 * split) >= least and split < 16:
+        split *= 2
+    return split
+
+
+def _stages(most: int, block_m: int, block_n: int, traits: DeviceTraits) -> int:
+    """Loads in flight that fit shared memory (16 words a weight row, 128 columns an x row); 2 where there is no async copy."""
+    if traits.vendor == "amd":
+        return 2
+    stage = 16 * 4 * block_n + 128 * 2 * block_m
+    return max(2, min(most, (traits.shared_memory - 32768) // stage))

@@ -1,0 +1,166 @@
+"""`Int4Linear`: the module that replaces `nn.Linear`; it owns the int4 weight and, perhaps, its twin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinweight import ops  # noqa: F401  (registers the op)
+from twinweight.kernels import backend_for
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.paths import Path, Route
+from twinweight.weight import Int4Weight
+
+def _weight_of(fields: Mapping[str, Any], k: int) -> Int4Weight:
+    """An `Int4Weight` from the tensors of a state dict; raises ValueError where they do not belong together."""
+    packed, scales = fields["packed"], fields["scales"]
+    columns, groups = packed.shape[1] * 8, scales.shape[1]
+    k = k if columns - 8 < k <= columns else columns
+    if groups == 0 or k % groups:
+        raise ValueError(f"{groups} scales a row for {k} columns")
+    return Int4Weight(**fields, group_size=k // groups, in_features=k)
+
+
+_INT4 = ("packed", "scales", "zeros", "perm")
+_STORED = {"weight_packed": "packed", "weight_scale": "scales", "weight_zero_point": "zeros", "weight_g_idx": "g_idx"}
+
+
+class Int4Linear(nn.Module):
+    """x [..., K] -> [..., N].
+
+    Its `state_dict` holds the weight in a layout of no device (`weight_packed`, `weight_scale`, `weight_zero_point`,
+    `weight_g_idx` as in `Int4Weight`); the twin is in neither `state_dict` nor `parameters()`. Loading a state dict
+    writes the weight and the twin in place, at the addresses they have.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    twin: Tensor | None
+
+    def __init__(self, weight: Int4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.checkpoint_group_size = weight.group_size
+        self.symmetric = weight.zeros is None
+        kernel = backend_for(weight.packed.device).prepare(weight)
+        self.group_size = kernel.group_size
+        for name in _INT4:
+            self.register_buffer(name, getattr(kernel, name), persistent=False)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.register_buffer("twin", None, persistent=False)
+        self.use_twin = True
+        self.route_without_twin = Route.always(Path.INT4)
+        self.route_with_twin = Route.always(Path.INT4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twin = self.twin if self.use_twin else None
+        route = self.route_without_twin if twin is None else self.route_with_twin
+        return torch.ops.twinweight.linear(  # type: ignore[no-any-return]
+            x, self.packed, self.scales, self.zeros, self.perm, self.bias, twin, route.flat(), self.group_size, self.out_features
+        )
+
+    @property
+    def kernel_weight(self) -> KernelWeight:
+        """The int4 weight in the layout of its device."""
+        n, k = self.out_features, self.in_features
+        return KernelWeight(self.packed, self.scales, self.zeros, self.perm, self.group_size, n, k)
+
+    @property
+    def int4_weight(self) -> Int4Weight:
+        """The int4 weight in the layout of no device (a copy)."""
+        return backend_for(self.packed.device).unprepare(
+            self.kernel_weight, symmetric=self.symmetric, group_size=self.checkpoint_group_size
+        )
+
+    def build_twin(self, dtype: torch.dtype) -> None:
+        """Expand the int4 weight into the twin: in place where one of this dtype exists, else into new memory.
+
+        Raises torch.OutOfMemoryError (GPU) or MemoryError/RuntimeError (CPU); the module then has no twin.
+        """
+        backend = backend_for(self.packed.device)
+        if self.twin is None or self.twin.dtype != dtype:
+            self.twin = None
+            twin = backend.empty_twin(self.out_features, self.in_features, dtype, self.packed.device)
+        else:
+            twin = self.twin
+        with torch.no_grad():
+            backend.expand(self.kernel_weight, twin)
+        self.twin = twin
+
+    def drop_twin(self) -> None:
+        """Free the twin; calls take the paths without it from now on."""
+        self.twin = None
+
+    def set_weight(self, weight: Int4Weight) -> None:
+        """New values of the same kind, written in place; a twin is refreshed in place. Raises ValueError on a mismatch."""
+        mine = (self.out_features, self.in_features, self.checkpoint_group_size, self.symmetric, self.perm is None)
+        theirs = (*weight.shape, weight.group_size, weight.zeros is None, weight.g_idx is None)
+        if mine != theirs:
+            kind = "{} x {}, group size {}, symmetric {}, without act-order {}"
+            raise ValueError(f"the new weight is {kind.format(*theirs)}; the module holds {kind.format(*mine)}")
+        kernel = backend_for(self.packed.device).prepare(weight.to(self.packed.device, self.scales.dtype))
+        for name in _INT4:
+            if (old := getattr(self, name)) is not None:
+                old.copy_(getattr(kernel, name))
+        if self.twin is not None:
+            self.build_twin(self.twin.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        """`.to()` and friends. Another device has another layout, and the twin is derived: both are made anew there."""
+        probe = fn(torch.empty(0, dtype=self.scales.dtype, device=self.scales.device))
+        if (probe.device, probe.dtype) == (self.scales.device, self.scales.dtype):
+            return self
+        if probe.is_meta:
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        twin_dtype = self.twin.dtype if self.twin is not None else None
+        if twin_dtype == self.scales.dtype:
+            twin_dtype = probe.dtype
+        weight = self.int4_weight.to(probe.device, probe.dtype)
+        self.twin = None
+        kernel = backend_for(probe.device).prepare(weight)
+        self.group_size = kernel.group_size
+        for name in _INT4:
+            setattr(self, name, getattr(kernel, name))
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
+        if twin_dtype is not None:
+            self.build_twin(twin_dtype if twin_dtype in backend_for(probe.device).twin_dtypes(probe.dtype) else probe.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.int4_weight
+        for stored, field in _STORED.items():
+            if (tensor := getattr(weight, field)) is not None:
+                destination[prefix + stored] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {field: state_dict.get(prefix + stored) for stored, field in _STORED.items()}
+        rest = {k: v for k, v in state_dict.items() if k[len(prefix) :] not in _STORED or not k.startswith(prefix)}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if own["packed"] is None or own["scales"] is None:
+            missing_keys.extend(prefix + s for s in ("weight_packed", "weight_scale") if prefix + s not in state_dict)
+            return
+        try:
+            self.set_weight(_weight_of(own, self.in_features))
+        except ValueError as error:
+            error_msgs.append(f"{prefix}: {error}")
+
+    def extra_repr(self) -> str:
+        twin = str(self.twin.dtype).removeprefix("torch.") if self.twin is not None else "none"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, group_size={self.checkpoint_group_size}, {kind}, twin={twin}"

@@ -1,0 +1,77 @@
+"""The one opaque custom op: it looks at the real number of rows, at run time, and calls a path.
+
+A Python branch on the number of rows would be traced with a prefill-sized example and reused at decode. Inside this op nothing is
+traced, so one compiled graph serves all sizes. It takes tensors only, no per-layer constant: layers of one shape share a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twinweight import paths
+from twinweight.kernels import backend_for, dense_linear
+from twinweight.kernels.prepared import KernelWeight
+
+_library = torch.library.Library("twinweight", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor? twin, "
+    "int[] route, int group_size, int n) -> Tensor"
+)
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    twin: Tensor | None,
+    route: list[int],
+    group_size: int,
+    n: int,
+) -> Tensor:
+    """x: [..., K] -> [..., N] by the path that `route` (`Route.flat()`) names for the product of x's leading sizes.
+
+    packed, scales, zeros, perm, group_size: a `KernelWeight`; twin: [N, K] or None. Raises TypeError where x has another dtype than
+    the scales, ValueError where the route leads to a twin that is not there.
+    """
+    if x.dtype != scales.dtype:
+        raise TypeError(f"activations are {x.dtype}, the int4 weight was loaded for {scales.dtype}")
+    rows = x.reshape(-1, x.shape[-1])
+    m = rows.shape[0]
+    path = paths.pick(route, m)
+    paths.count(path, m)
+    if m == 0:
+        y = x.new_empty(0, n)
+    elif path == paths.Path.TWIN:
+        if twin is None:
+            raise ValueError("the route leads to the twin, but this weight has none")
+        y = dense_linear(rows, twin, bias)
+    else:
+        w = KernelWeight(packed, scales, zeros, perm, group_size, n, x.shape[-1])
+        backend = backend_for(x.device)
+        y = (backend.int4_linear if path == paths.Path.INT4 else backend.fused_linear)(rows, w, bias)
+    return y.view(*x.shape[:-1], n)
+
+
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    twin: Tensor | None,
+    route: list[int],
+    group_size: int,
+    n: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+_library.impl("linear", linear, "CPU")
+_library.impl("linear", linear, "CUDA")  # ROCm's devices dispatch here too
+_library.impl("linear", linear, "XPU")
+torch.library.register_fake("twinweight::linear", _fake, lib=_library)

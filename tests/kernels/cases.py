@@ -1,0 +1,66 @@
+"""The shapes every kernel is tested on: zero, odd and ragged ones beside round ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from tests.helpers import random_weight
+from twinweight.kernels.tiles import DotTiles, ExpandTiles, GemvTiles
+from twinweight.weight import Int4Weight
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    m: int
+    n: int
+    k: int
+    group_size: int
+    dtype: torch.dtype = torch.bfloat16
+    symmetric: bool = True
+    bias: bool = False
+    strided: bool = False
+    """Rows of x and out lie further apart than their length."""
+
+    def weight(self, act_order: bool = False) -> Int4Weight:
+        weight = random_weight(self.n, self.k, self.group_size, self.dtype, self.symmetric, act_order, seed=self.n + self.k)
+        return weight.to(DEVICE)
+
+    def __str__(self) -> str:
+        parts = [f"m{self.m}-n{self.n}-k{self.k}-g{self.group_size}", "bf16" if self.dtype == torch.bfloat16 else "fp16"]
+        flags = {"asym": not self.symmetric, "bias": self.bias, "strided": self.strided}
+        return "-".join(parts + [name for name, on in flags.items() if on])
+
+
+_FP16 = torch.float16
+CASES = [
+    Case(0, 64, 128, 128),
+    Case(1, 64, 128, 32),
+    Case(1, 577, 96, 32, symmetric=False, bias=True),
+    Case(1, 16, 859, 859, dtype=_FP16, symmetric=False, strided=True),
+    Case(3, 16, 160, 32, dtype=_FP16, symmetric=False, bias=True, strided=True),
+    Case(3, 80, 384, 128, dtype=_FP16, symmetric=False),
+    Case(5, 577, 320, 64, bias=True),
+    Case(5, 16, 859, 859, symmetric=False, bias=True, strided=True),
+    Case(17, 96, 256, 128, symmetric=False, bias=True),
+    Case(17, 48, 859, 859, dtype=_FP16),
+    Case(17, 16, 160, 32, strided=True),
+    Case(40, 100, 512, 512, dtype=_FP16, bias=True),
+]
+
+GEMV = GemvTiles(block_n=16, block_words=16, split_k=1, num_warps=4, num_stages=1)
+DOT = DotTiles(32, 32, 16, split_k=1, group_n=8, sort_x=False, num_warps=4, num_stages=2)
+LINEAR_TILES = {
+    "chosen": None,
+    "gemv": GEMV,
+    "gemv-split": replace(GEMV, block_words=32, split_k=4),
+    "dot": DOT,
+    "dot-sorted": replace(DOT, sort_x=True, group_n=2),
+    "dot-wide": replace(DOT, block_m=16, block_words=32),
+    "dot-split": replace(DOT, split_k=3),
+    "dot-sorted-split": replace(DOT, sort_x=True, split_k=2),
+}
+EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=8, block_words=4, num_warps=1)}

@@ -1,0 +1,100 @@
+"""The Triton products, `int4` and `fused`, against float64; on a GPU where there is one, else in the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import assert_close, random_weight
+from tests.kernels.cases import CASES, DEVICE, LINEAR_TILES, Case
+from twinweight.kernels import reference
+from twinweight.kernels.decode import int4_linear
+from twinweight.kernels.fused import fused_linear
+from twinweight.kernels.tiles import DotTiles, GemvTiles
+from twinweight.weight import Int4Weight
+
+Tiles = GemvTiles | DotTiles | None
+CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LINEAR_TILES.items()] + [
+    pytest.param("fused", None, id="fused-chosen")
+]
+
+
+def run(path: str, x: Tensor, w: Int4Weight, bias: Tensor | None, tiles: Tiles, out: Tensor | None = None) -> Tensor:
+    if path == "int4":
+        return int4_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, out=out, tiles=tiles)
+    assert not isinstance(tiles, GemvTiles)
+    return fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, out=out, tiles=tiles)
+
+
+def rows_apart(rows: int, columns: int, dtype: torch.dtype, gap: int) -> Tensor:
+    return torch.full((rows, columns + gap), float("nan"), dtype=dtype, device=DEVICE)[:, :columns]
+
+
+@pytest.mark.parametrize(("path", "tiles"), CHOICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case: Case, path: str, tiles: Tiles) -> None:
+    torch.manual_seed(case.m)
+    w = case.weight()
+    x = rows_apart(case.m, case.k, case.dtype, 5 if case.strided else 0)
+    x.copy_(torch.randn(case.m, case.k))
+    bias = torch.randn(case.n).to(DEVICE, case.dtype) if case.bias else None
+    out = rows_apart(case.m, case.n, case.dtype, 3) if case.strided else None
+    result = run(path, x, w, bias, tiles, out)
+    assert out is None or result is out
+    if out is not None:
+        assert bool(out.as_strided((case.m, 3), (out.stride(0), 1), case.n).isnan().all()), "wrote between the rows"
+    assert result.dtype == case.dtype
+    assert_close(result, reference.linear(x, w, bias))
+
+
+@pytest.mark.parametrize(("path", "tiles"), CHOICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(96, 32, False), (128, 64, True), (91, 91, False)])
+def test_identity_gives_the_weight(
+    k: int, group_size: int, symmetric: bool, dtype: torch.dtype, path: str, tiles: Tiles
+) -> None:
+    w = random_weight(48, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
+    result = run(path, torch.eye(k, dtype=dtype, device=DEVICE), w, None, tiles)
+    assert torch.equal(result.T, w.dequantize(dtype))
+
+
+@pytest.mark.parametrize("path", ["int4", "fused"])
+@pytest.mark.parametrize("m", [1, 16])
+def test_scales_of_another_dtype(m: int, path: str) -> None:
+    w = random_weight(32, 64, 32, torch.float16, symmetric=False).to(DEVICE)
+    x = torch.eye(64, dtype=torch.bfloat16, device=DEVICE)[:m]
+    assert torch.equal(run(path, x, w, None, None).T, w.dequantize(torch.bfloat16)[:, :m])
+
+
+@pytest.mark.parametrize("path", ["int4", "fused"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"x": torch.zeros(2, 65, dtype=torch.bfloat16)}, "packed"),
+        ({"x": torch.zeros(2, 64)}, "x: expected"),
+        ({"x": torch.zeros(64, 2, dtype=torch.bfloat16).T}, "x: expected"),
+        ({"packed": torch.zeros(32, 8, dtype=torch.int64)}, "packed"),
+        ({"packed": torch.zeros(8, 32, dtype=torch.int32).T}, "packed"),
+        ({"scales": torch.zeros(32, 3, dtype=torch.bfloat16)}, "scales"),
+        ({"zeros": torch.zeros(32, 2)}, "zeros"),
+        ({"bias": torch.zeros(31, dtype=torch.bfloat16)}, "bias"),
+        ({"out": torch.zeros(3, 32, dtype=torch.bfloat16)}, "out"),
+        ({"group_size": 48}, "group_size"),
+        ({"group_size": 16}, "group_size"),
+    ],
+)
+def test_refuses_what_does_not_fit(change: dict[str, object], named: str, path: str) -> None:
+    w = random_weight(32, 64, 32, symmetric=False)
+    arguments: dict[str, object] = {
+        "x": torch.zeros(2, 64, dtype=torch.bfloat16),
+        "packed": w.packed,
+        "scales": w.scales,
+        "zeros": w.zeros,
+        "bias": None,
+        "group_size": 32,
+        **change,
+    }
+    arguments = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    with pytest.raises(ValueError, match=named):
+        (int4_linear if path == "int4" else fused_linear)(**arguments)  # type: ignore[arg-type]

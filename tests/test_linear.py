@@ -1,0 +1,188 @@
+"""`Int4Linear` and the op: the path follows the real M, eagerly and compiled; twins are derived data."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import assert_close, random_weight
+from twinweight import paths
+from twinweight.kernels.reference import linear as reference
+from twinweight.linear import Int4Linear
+from twinweight.paths import Path, Route
+
+ROUTE = Route((0, 8), (Path.INT4, Path.TWIN))
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"))]
+
+
+def make(*, twin: torch.dtype | None = torch.float32, bias: bool = True, symmetric: bool = True, act_order: bool = False) -> Int4Linear:
+    weight = random_weight(96, 128, 32, symmetric=symmetric, act_order=act_order)
+    linear = Int4Linear(weight, torch.randn(96).bfloat16() if bias else None)
+    linear.route_with_twin = ROUTE
+    if twin is not None:
+        linear.build_twin(twin)
+    return linear
+
+
+def taken(call: object, *args: torch.Tensor) -> set[Path]:
+    paths.calls.clear()
+    call(*args)  # type: ignore[operator]
+    return {path for path, _ in paths.calls}
+
+
+def x_of(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 128).bfloat16()
+
+
+@pytest.mark.parametrize(("shape", "path"), [((1,), Path.INT4), ((7,), Path.INT4), ((8,), Path.TWIN), ((2, 4), Path.TWIN), ((2, 3), Path.INT4)])
+def test_the_path_follows_the_rows(shape: tuple[int, ...], path: Path) -> None:
+    linear = make()
+    x = x_of(*shape)
+    assert taken(linear, x) == {path}
+    y = linear(x)
+    assert y.shape == (*shape, 96)
+    assert_close(y, reference(x.flatten(0, -2), linear.int4_weight, linear.bias).view(*shape, 96), 1e-2, 6e-3)
+
+
+def test_no_rows() -> None:
+    assert make()(x_of(0)).shape == (0, 96)
+    assert make()(x_of(2, 0)).shape == (2, 0, 96)
+
+
+def test_without_a_twin_the_other_route_is_taken() -> None:
+    linear = make(twin=None)
+    assert taken(linear, x_of(64)) == {Path.INT4}
+    linear.build_twin(torch.bfloat16)
+    assert taken(linear, x_of(64)) == {Path.TWIN}
+    linear.use_twin = False
+    assert taken(linear, x_of(64)) == {Path.INT4}
+    linear.use_twin = True
+    linear.drop_twin()
+    assert taken(linear, x_of(64)) == {Path.INT4}
+
+
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_with_many_rows_then_called_with_one_runs_int4(backend: str) -> None:
+    linear = make()
+    torch._dynamo.reset()
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: object) -> object:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend=counting)
+    with torch.inference_mode():
+        large = x_of(64)
+        torch._dynamo.mark_dynamic(large, 0)
+        assert taken(compiled, large) == {Path.TWIN}
+        assert taken(compiled, x_of(2)) == {Path.INT4}
+        for m in (2, 7, 8, 33, 200):
+            x = x_of(m)
+            assert torch.equal(compiled(x), linear(x))
+            assert taken(compiled, x) == {ROUTE.at(m)}
+        assert graphs == 1  # one graph serves every size
+        one = x_of(1)  # torch specialises on 1 unless told otherwise: the path must be right either way
+        assert taken(compiled, one) == {Path.INT4}
+        assert torch.equal(compiled(one), linear(one))
+
+
+def test_one_graph_for_layers_of_one_shape_takes_tensors_only() -> None:
+    schema = str(torch.ops.twinweight.linear.default._schema)
+    assert "str" not in schema
+    assert "Tensor? twin" in schema
+
+
+def test_the_op_passes_torchs_own_checks() -> None:
+    linear = make(symmetric=False, act_order=True)
+    args = (
+        x_of(16), linear.packed, linear.scales, linear.zeros, linear.perm, linear.bias, linear.twin, ROUTE.flat(), linear.group_size, 96
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.twinweight.linear.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_other_activation_dtypes_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"float16.*bfloat16"):
+        make()(torch.randn(1, 128).half())
+
+
+def test_a_route_to_a_missing_twin_is_refused() -> None:
+    linear = make(twin=None)
+    linear.route_without_twin = Route.always(Path.TWIN)
+    with pytest.raises(ValueError, match="none"):
+        linear(x_of(1))
+
+
+def test_twins_are_in_neither_state_dict_nor_parameters() -> None:
+    linear = make()
+    with_twin = linear.state_dict()
+    linear.drop_twin()
+    assert with_twin.keys() == linear.state_dict().keys() == {"weight_packed", "weight_scale", "bias"}
+    assert [name for name, _ in linear.named_parameters()] == ["bias"]
+
+
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, False), (False, True)])
+def test_reloading_refreshes_weight_and_twin_in_place(symmetric: bool, act_order: bool) -> None:
+    linear = make(symmetric=symmetric, act_order=act_order)
+    other = Int4Linear(random_weight(96, 128, 32, symmetric=symmetric, act_order=act_order, seed=1), torch.randn(96).bfloat16())
+    assert linear.twin is not None
+    before = linear.packed.data_ptr(), linear.twin.data_ptr()
+    x = x_of(64)
+    stale = linear(x)
+    linear.load_state_dict(other.state_dict())
+    assert (linear.packed.data_ptr(), linear.twin.data_ptr()) == before
+    other.build_twin(torch.float32)
+    assert torch.equal(linear.twin, other.twin)
+    other.route_with_twin = ROUTE
+    assert torch.equal(linear(x), other(x))
+    assert not torch.equal(linear(x), stale)
+
+
+def test_a_state_dict_of_another_kind_is_refused() -> None:
+    linear = make()
+    wrong = Int4Linear(random_weight(96, 64, 32), torch.zeros(96).bfloat16()).state_dict()
+    with pytest.raises(RuntimeError, match=r"96 x 64.*96 x 128"):
+        linear.load_state_dict(wrong)
+    with pytest.raises(RuntimeError, match="weight_scale"):
+        linear.load_state_dict({"weight_packed": linear.state_dict()["weight_packed"], "bias": linear.bias})
+
+
+def test_build_twice_keeps_the_address() -> None:
+    linear = make()
+    assert linear.twin is not None
+    address = linear.twin.data_ptr()
+    linear.build_twin(torch.float32)
+    assert linear.twin.data_ptr() == address
+
+
+def test_to_another_dtype_takes_weight_and_twin_along() -> None:
+    linear = make(twin=torch.bfloat16)
+    model = nn.Sequential(linear).to(torch.float16)
+    assert linear.scales.dtype == torch.float16
+    assert linear.twin is not None
+    assert linear.twin.dtype == torch.float16
+    x = torch.randn(16, 128).half()
+    assert_close(model(x), reference(x, linear.int4_weight, linear.bias), 1e-2, 6e-3)
+
+
+def test_to_where_it_already_is_keeps_the_twin() -> None:
+    linear = make()
+    twin = linear.twin
+    nn.Sequential(linear).to("cpu", torch.bfloat16)
+    assert linear.twin is twin
+
+
+def test_a_copy_is_independent() -> None:
+    linear = make()
+    clone = copy.deepcopy(linear)
+    clone.drop_twin()
+    assert linear.twin is not None
+
+
+def test_twin_equals_identity_through_int4() -> None:
+    linear = make(twin=torch.bfloat16, bias=False, symmetric=False, act_order=True)
+    linear.route_with_twin = Route.always(Path.INT4)
+    assert torch.equal(linear(torch.eye(128).bfloat16()).T, linear.twin)
