@@ -96,7 +96,9 @@ def main() -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(a.device)
     params = sum(p.numel() for p in model.parameters())
-    print(f"{len(train)} files, {len(data)} tokens; held out {len(held)} files, {len(held_ids)}; {params} parameters", flush=True)
+    print(
+        f"{len(train)} files, {len(data)} tokens; held out {len(held)} files, {len(held_ids)}; {params} parameters", flush=True
+    )
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     opt = torch.optim.AdamW(
@@ -129,7 +131,8 @@ def main() -> None:
     tok.save_pretrained(a.out / "dense")
     (a.out / "heldout.txt").write_text("".join(held), encoding="utf-8")
     summary = {
-        "command": f"python models/train.py OUT --minutes {a.minutes:g} --layers {a.layers} --hidden {a.hidden} --vocab {a.vocab} --batch {a.batch} --lr {a.lr:g}",
+        "command": f"python models/train.py OUT --minutes {a.minutes:g} --layers {a.layers} --hidden {a.hidden} "
+        f"--vocab {a.vocab} --batch {a.batch} --lr {a.lr:g}",
         "corpus": f"standard library of Python {platform.python_version()}",
         "device": a.device, "torch": torch.__version__, "parameters": params, "train_files": len(train),
         "train_tokens": len(data), "heldout_files": len(held), "heldout_tokens": len(held_ids),

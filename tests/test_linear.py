@@ -14,10 +14,15 @@ from twinweight.linear import Int4Linear
 from twinweight.paths import Path, Route
 
 ROUTE = Route((0, 8), (Path.INT4, Path.TWIN))
-COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"))]
+COMPILERS = [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
+]
 
 
-def make(*, twin: torch.dtype | None = torch.float32, bias: bool = True, symmetric: bool = True, act_order: bool = False) -> Int4Linear:
+def make(
+    *, twin: torch.dtype | None = torch.float32, bias: bool = True, symmetric: bool = True, act_order: bool = False
+) -> Int4Linear:
     weight = random_weight(96, 128, 32, symmetric=symmetric, act_order=act_order)
     linear = Int4Linear(weight, torch.randn(96).bfloat16() if bias else None)
     linear.route_with_twin = ROUTE
@@ -36,7 +41,9 @@ def x_of(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, 128).bfloat16()
 
 
-@pytest.mark.parametrize(("shape", "path"), [((1,), Path.INT4), ((7,), Path.INT4), ((8,), Path.TWIN), ((2, 4), Path.TWIN), ((2, 3), Path.INT4)])
+@pytest.mark.parametrize(
+    ("shape", "path"), [((1,), Path.INT4), ((7,), Path.INT4), ((8,), Path.TWIN), ((2, 4), Path.TWIN), ((2, 3), Path.INT4)]
+)
 def test_the_path_follows_the_rows(shape: tuple[int, ...], path: Path) -> None:
     linear = make()
     x = x_of(*shape)
@@ -99,9 +106,12 @@ def test_one_graph_for_layers_of_one_shape_takes_tensors_only() -> None:
 def test_the_op_passes_torchs_own_checks() -> None:
     linear = make(symmetric=False, act_order=True)
     args = (
-        x_of(16), linear.packed, linear.scales, linear.zeros, linear.perm, linear.bias, linear.twin, ROUTE.flat(), linear.group_size, 96
+        x_of(16), linear.packed, linear.scales, linear.zeros, linear.perm, linear.bias, linear.twin, ROUTE.flat(),
+        linear.group_size, 96
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.twinweight.linear.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(
+        torch.ops.twinweight.linear.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def test_other_activation_dtypes_are_refused() -> None:

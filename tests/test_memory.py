@@ -35,7 +35,9 @@ def test_an_unlimited_control_group_changes_nothing(machine: Path, limit: str) -
 
 
 @pytest.mark.parametrize(("integrated", "free"), [(True, 600), (False, 100)])
-def test_gpus_that_share_memory_ask_the_system(machine: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool, free: int) -> None:
+def test_gpus_that_share_memory_ask_the_system(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool, free: int
+) -> None:
     gpu = SimpleNamespace(
         mem_get_info=lambda device: (100, 800), get_device_properties=lambda device: SimpleNamespace(is_integrated=integrated)
     )

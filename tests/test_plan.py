@@ -39,7 +39,11 @@ def test_off_plans_nothing() -> None:
 
 
 def test_time_saved_per_byte_beats_module_order() -> None:
-    weights = [candidate("big", ("bfloat16", 60, 6.0)), candidate("small", ("bfloat16", 50, 10.0)), candidate("tiny", ("bfloat16", 10, 3.0))]
+    weights = [
+        candidate("big", ("bfloat16", 60, 6.0)),
+        candidate("small", ("bfloat16", 50, 10.0)),
+        candidate("tiny", ("bfloat16", 10, 3.0)),
+    ]
     assert list(plan(weights, budget(60), "soft").twins) == ["small", "tiny"]
 
 

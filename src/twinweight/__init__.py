@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from twinweight.paths import Route as Route
     from twinweight.plan import Budget as Budget
     from twinweight.plan import Plan as Plan
-    from twinweight.plan import plan as plan_twins
     from twinweight.twins import build_twins as build_twins
     from twinweight.twins import drop_twins as drop_twins
     from twinweight.weight import Int4Weight as Int4Weight
@@ -25,9 +24,9 @@ _HOME = {
     "Budget": ("plan", "Budget"), "Crossovers": ("crossover", "Crossovers"), "Int4Linear": ("linear", "Int4Linear"),
     "Int4Weight": ("weight", "Int4Weight"), "Path": ("paths", "Path"), "Plan": ("plan", "Plan"), "Route": ("paths", "Route"),
     "TwinweightError": ("errors", "TwinweightError"), "build_twins": ("twins", "build_twins"),
-    "drop_twins": ("twins", "drop_twins"), "load": ("engines.hf", "load"), "plan_twins": ("plan", "plan"),
+    "drop_twins": ("twins", "drop_twins"), "load": ("engines.hf", "load"),
 }  # fmt: skip
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""`bench`: off and on, interleaved, on one loaded model: time to first token, time per output token, and what memory is left."""
+"""`bench`: off and on, interleaved, on one loaded model: time to first token, time per output token, and what memory is
+left.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from twinweight.engines.hf import kv_bytes_per_token
 from twinweight.plan import GIB
 from twinweight.timing import Timing
-from twinweight.twins import int4_linears, twin_bytes, twins_in_use
+from twinweight.twins import int4_linears, state_of, twin_bytes, twins_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +27,9 @@ _TIMES = ("ttft_ms", "prefill_tok_s", "tpot_ms", "e2e_ms")
 
 @dataclass(frozen=True)
 class Workload:
-    """prompt_tokens and output_tokens a sequence, `batch` sequences at once, and perhaps one image (width, height) in each prompt."""
+    """prompt_tokens and output_tokens a sequence, `batch` sequences at once, and perhaps one image (width, height) in each
+    prompt.
+    """
 
     prompt_tokens: int = 1024
     output_tokens: int = 32
@@ -70,8 +74,9 @@ def bench(
 ) -> dict[str, Any]:
     """Run off, on, off, on, ... and compare. Each repeat has a prompt of its own; both arms of a repeat share it.
 
-    Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off / on) and a
-    loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd ones.
+    Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off /
+    on) and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd
+    ones.
     """
     arms = {"off": _Arm(), "on": _Arm()}
     for repeat in range(-warmup, repeats):
@@ -89,8 +94,8 @@ def bench(
         "ratios": _ratios(arms["off"], arms["on"]),
         "noise": _ratios(_half(arms["off"], 0), _half(arms["off"], 1)) if repeats > 1 else None,
         "workload": {
-            "prompt_tokens": prompt // work.batch, "output_tokens": work.output_tokens, "batch": work.batch, "image": work.image,
-            "repeats": repeats,
+            "prompt_tokens": prompt // work.batch, "output_tokens": work.output_tokens, "batch": work.batch, "image":
+            work.image, "repeats": repeats,
         },
         "routes": routes(model),
         "environment": environment(model),
@@ -151,7 +156,9 @@ def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], tokens: int) ->
         torch.get_device_module(model.device.type).synchronize()
     start = time.perf_counter()
     with torch.inference_mode():
-        model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, streamer=clock)
+        model.generate(  # type: ignore[operator]
+            **inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, streamer=clock
+        )
     return start, clock.at
 
 
@@ -159,15 +166,15 @@ def _summary(model: PreTrainedModel, arm: _Arm, prompt: int, *, on: bool) -> dic
     linears = int4_linears(model).values()
     twins = sum(linear.twin is not None for linear in linears) if on else 0
     held = twin_bytes(model) if on else 0
-    budget = model.twinweight.plan.budget
+    budget = state_of(model).plan.budget
     kv = max(0, budget.spendable - held)
     speed = Timing.of([prompt / s for s in arm.ttft])
     tpot = Timing.of(arm.tpot).scaled(1e3) if arm.tpot else None
     return {
         "ttft_ms": Timing.of(arm.ttft).scaled(1e3), "prefill_tok_s": speed.scaled(1), "tpot_ms": tpot,
         "e2e_ms": Timing.of(arm.e2e).scaled(1e3), "kv_cache_gib": round(kv / GIB, 3),
-        "kv_cache_tokens": kv // kv_bytes_per_token(model.config, model.dtype), "twin_gib": round(held / GIB, 4), "twins": twins,
-        "weights": len(linears),
+        "kv_cache_tokens": kv // kv_bytes_per_token(model.config, model.dtype), "twin_gib": round(held / GIB, 4), "twins":
+        twins, "weights": len(linears),
     }  # fmt: skip
 
 

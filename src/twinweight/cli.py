@@ -1,7 +1,7 @@
 """The command line. Commands print a table; `--json` writes the same as data; errors are one message and an exit code.
 
-Exit codes: 0 done; 1 a check failed; 2 a bad argument or setting; 3 a damaged checkpoint; 4 a checkpoint that Twinweight does not
-run; 5 twins that do not fit (mode hard).
+Exit codes: 0 done; 1 a check failed; 2 a bad argument or setting; 3 a damaged checkpoint; 4 a checkpoint that Twinweight does
+not run; 5 twins that do not fit (mode hard).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from rich.logging import RichHandler
 
 from twinweight import errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="W4A16 models with dense twins for prefill.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="W4A16 models with dense twins for prefill."
+)
 out = Console()
 err = Console(stderr=True)
 
@@ -42,7 +44,9 @@ def main() -> None:
     """Entry point of the `twinweight` command."""
     debug = "--debug" in sys.argv
     args = [a for a in sys.argv[1:] if a != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=err, show_time=False, show_path=False)]
+    )
     try:
         app(args)
     except errors.TwinweightError as error:
@@ -94,7 +98,12 @@ def synth(
 
 @app.command("load-check")
 def load_check(
-    model: Model, mode: Mode = None, device: Device = None, utilization: Utilization = 0.9, kv_floor: KvFloor = None, json_file: Json = None
+    model: Model,
+    mode: Mode = None,
+    device: Device = None,
+    utilization: Utilization = 0.9,
+    kv_floor: KvFloor = None,
+    json_file: Json = None,
 ) -> None:
     """Load a checkpoint, check that every path computes the same weight, run one forward pass."""
     from twinweight import inspection, report

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 
 import torch
 
@@ -43,27 +44,41 @@ class Measured:
     times: dict[str, tuple[Timing, ...]]
     n: int
 
-    def route(self, choices: Iterable[str]) -> Route:
-        """The winner from each measured number of rows on.
+    def route(self, choices: Sequence[str]) -> Route:
+        """The route of least total slowdown among those that move one way, from decode paths to dense ones.
 
-        A path takes over only where it beats the one before by more than the measured spread of both, and starts at the first
-        measured size where it does, so that noise neither flips a choice nor moves it below what was seen.
+        choices: in the order in which they may take over as rows grow. A path starts at a measured size where it beats the
+        one before by more than the measured spread of both, and the total over all sizes decides where, so that noise at one
+        size neither flips a choice nor moves it below what was seen. Disturbances only ever add time: the least sample stands
+        for a path.
         """
-        names = list(choices)
-        current = min(names, key=lambda c: self.times[c][0].median)
-        starts, paths = [0], [_path_of(current)]
-        for i, m in enumerate(self.ms[1:], start=1):
-            best = min(names, key=lambda c: self.times[c][i].median)
-            now, new = self.times[current][i], self.times[best][i]
-            if new.median * (1 + new.spread + now.spread) < now.median and _path_of(best) != paths[-1]:
-                starts.append(m)
-                paths.append(_path_of(best))
-                current = best
-        return Route(tuple(starts), tuple(paths))
+        costs = [[math.log(max(t.min, 1e-9)) for t in self.times[c]] for c in choices]
+        best: tuple[float, tuple[int, ...]] = (math.inf, ())
+        for cuts in combinations_with_replacement(range(len(self.ms) + 1), len(choices) - 1):
+            edges = (0, *cuts, len(self.ms))
+            if all(self._wins(choices, c, edges) for c in range(1, len(choices))):
+                total = sum(sum(costs[c][edges[c] : edges[c + 1]]) for c in range(len(choices)))
+                # On a tie the later takeover: int4 costs no memory.
+                best = min(best, (total, tuple(-e for e in edges)))
+        edges = tuple(-e for e in best[1])
+        used = [c for c in range(len(choices)) if edges[c] < edges[c + 1]]
+        starts = (0, *(self.ms[edges[c]] for c in used[1:]))
+        return Route(starts, tuple(_path_of(choices[c]) for c in used))
+
+    def _wins(self, choices: Sequence[str], c: int, edges: tuple[int, ...]) -> bool:
+        """Whether choice c, where it starts, beats the nearest earlier choice that is used; a start at the first size is
+        free.
+        """
+        at = edges[c]
+        if at == edges[c + 1] or at == 0:
+            return True
+        before = next(b for b in range(c - 1, -1, -1) if edges[b] < edges[b + 1])
+        new, old = self.times[choices[c]][at], self.times[choices[before]][at]
+        return new.min * (1 + new.spread + old.spread) < old.min
 
     def saved(self, choice: str, without: Iterable[str]) -> float:
         """Seconds that `choice` saves at the largest measured number of rows, against the best of `without`."""
-        return min(self.times[c][-1].median for c in without) - self.times[choice][-1].median
+        return min(self.times[c][-1].min for c in without) - self.times[choice][-1].min
 
 
 @dataclass
@@ -73,7 +88,9 @@ class Crossovers:
     measured: dict[Shape, Measured] = field(default_factory=dict)
 
     def get(self, shape: Shape, *, with_twins: bool = True) -> Measured:
-        """The measurement of a shape. Without twins only the paths that need none are timed, and not at all where there is one."""
+        """The measurement of a shape. Without twins only the paths that need none are timed, and not at all where there is
+        one.
+        """
         found = self.measured.get(shape)
         if found is None or (with_twins and not any(c.startswith("twin:") for c in found.times)):
             found = self.measured[shape] = measure(shape, with_twins=with_twins)

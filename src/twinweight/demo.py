@@ -1,4 +1,6 @@
-"""`make demo`: what a twin buys and what it costs, on real text and on a model of true shape, in about two minutes on two cores."""
+"""`make demo`: what a twin buys and what it costs, on real text and on a model of true shape, in about two minutes on two
+cores.
+"""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def image_inputs(model: PreTrainedModel, ids: Tensor, size: tuple[int, int], generator: torch.Generator) -> dict[str, Tensor]:
     """Inputs for `generate`: one image of `size` (width, height) at the start of each row of text ids [batch, tokens].
 
-    For models of the Qwen-VL kind: patches [sum of t*h*w, channels * temporal * patch * patch], `image_grid_thw` [batch, 3], and one image
-    token per merged patch. Raises ConfigError for other models.
+    For models of the Qwen-VL kind: patches [sum of t*h*w, channels * temporal * patch * patch], `image_grid_thw` [batch, 3],
+    and one image token per merged patch. Raises ConfigError for other models.
     """
     config = model.config
     vision = getattr(config, "vision_config", None)

@@ -38,8 +38,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         for s, count in groups.items()
     ]  # fmt: skip
     return {
-        "path": str(path), "architecture": found.architecture, "format": found.format, "weights": len(found.shapes), "shapes": rows,
-        "int4_bytes": sum(int(r["int4_bytes"]) for r in rows), "twin_bytes": sum(int(r["twin_bytes"]) for r in rows),
+        "path": str(path), "architecture": found.architecture, "format": found.format, "weights": len(found.shapes), "shapes":
+        rows, "int4_bytes": sum(int(r["int4_bytes"]) for r in rows), "twin_bytes": sum(int(r["twin_bytes"]) for r in rows),
         "dense_bytes": found.dense_bytes, "kv_bytes_per_token": kv_bytes_per_token(found.config, found.dtype),
     }  # fmt: skip
 
@@ -65,13 +65,15 @@ def check_loaded(model: PreTrainedModel) -> dict[str, Any]:
         finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
     return {
         "ok": finite and all(c["exact"] for c in checked), "architecture": type(model).__name__, "device": str(model.device),
-        "weights": len(linears), "twins": sum(m.twin is not None for m in linears.values()), "twin_gib": twin_bytes(model) / GIB,
-        "finite": finite, "checked": checked,
+        "weights": len(linears), "twins": sum(m.twin is not None for m in linears.values()), "twin_gib": twin_bytes(model) /
+        GIB, "finite": finite, "checked": checked,
     }  # fmt: skip
 
 
 def is_exact(linear: Int4Linear, rows: int = _IDENTITY_ROWS) -> bool:
-    """Whether the int4 path gives back, bit for bit, the dense weight that a twin holds, for `rows` input features spread over K."""
+    """Whether the int4 path gives back, bit for bit, the dense weight that a twin holds, for `rows` input features spread
+    over K.
+    """
     backend = backend_for(linear.packed.device)
     dtype, device = linear.scales.dtype, linear.packed.device
     n, k = linear.out_features, linear.in_features

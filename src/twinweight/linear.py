@@ -14,6 +14,7 @@ from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, Route
 from twinweight.weight import Int4Weight
 
+
 def _weight_of(fields: Mapping[str, Any], k: int) -> Int4Weight:
     """An `Int4Weight` from the tensors of a state dict; raises ValueError where they do not belong together."""
     packed, scales = fields["packed"], fields["scales"]
@@ -61,7 +62,16 @@ class Int4Linear(nn.Module):
         twin = self.twin if self.use_twin else None
         route = self.route_without_twin if twin is None else self.route_with_twin
         return torch.ops.twinweight.linear(  # type: ignore[no-any-return]
-            x, self.packed, self.scales, self.zeros, self.perm, self.bias, twin, route.flat(), self.group_size, self.out_features
+            x,
+            self.packed,
+            self.scales,
+            self.zeros,
+            self.perm,
+            self.bias,
+            twin,
+            route.flat(),
+            self.group_size,
+            self.out_features,
         )
 
     @property
@@ -116,7 +126,7 @@ class Int4Linear(nn.Module):
         if (probe.device, probe.dtype) == (self.scales.device, self.scales.dtype):
             return self
         if probe.is_meta:
-            return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+            return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
         twin_dtype = self.twin.dtype if self.twin is not None else None
         if twin_dtype == self.scales.dtype:
             twin_dtype = probe.dtype

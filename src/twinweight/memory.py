@@ -22,8 +22,8 @@ class Memory:
 def read_memory(device: torch.device) -> Memory:
     """Total and free bytes of a device.
 
-    A GPU that shares memory with the CPU (an APU) reports too little free memory through its driver, since the page cache counts
-    as used there; for it, and for the CPU itself, the operating system is asked instead.
+    A GPU that shares memory with the CPU (an APU) reports too little free memory through its driver, since the page cache
+    counts as used there; for it, and for the CPU itself, the operating system is asked instead.
     """
     if device.type == "cpu":
         return _host_memory()

@@ -1,7 +1,8 @@
 """The one opaque custom op: it looks at the real number of rows, at run time, and calls a path.
 
-A Python branch on the number of rows would be traced with a prefill-sized example and reused at decode. Inside this op nothing is
-traced, so one compiled graph serves all sizes. It takes tensors only, no per-layer constant: layers of one shape share a graph.
+A Python branch on the number of rows would be traced with a prefill-sized example and reused at decode. Inside this op
+nothing is traced, so one compiled graph serves all sizes. It takes tensors only, no per-layer constant: layers of one shape
+share a graph.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from twinweight import paths
 from twinweight.kernels import backend_for, dense_linear
 from twinweight.kernels.prepared import KernelWeight
 
-_library = torch.library.Library("twinweight", "DEF")
-_library.define(
+_library = torch.library.Library("twinweight", "DEF")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor? twin, "
     "int[] route, int group_size, int n) -> Tensor"
 )
@@ -34,8 +35,8 @@ def linear(
 ) -> Tensor:
     """x: [..., K] -> [..., N] by the path that `route` (`Route.flat()`) names for the product of x's leading sizes.
 
-    packed, scales, zeros, perm, group_size: a `KernelWeight`; twin: [N, K] or None. Raises TypeError where x has another dtype than
-    the scales, ValueError where the route leads to a twin that is not there.
+    packed, scales, zeros, perm, group_size: a `KernelWeight`; twin: [N, K] or None. Raises TypeError where x has another
+    dtype than the scales, ValueError where the route leads to a twin that is not there.
     """
     if x.dtype != scales.dtype:
         raise TypeError(f"activations are {x.dtype}, the int4 weight was loaded for {scales.dtype}")
@@ -71,7 +72,6 @@ def _fake(
     return x.new_empty(*x.shape[:-1], n)
 
 
-_library.impl("linear", linear, "CPU")
-_library.impl("linear", linear, "CUDA")  # ROCm's devices dispatch here too
-_library.impl("linear", linear, "XPU")
+for _key in ("CPU", "CUDA", "XPU"):  # ROCm's devices dispatch as CUDA
+    _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("twinweight::linear", _fake, lib=_library)

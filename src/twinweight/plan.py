@@ -24,8 +24,8 @@ def check_mode(value: str) -> Mode:
 class TwinOption:
     """A twin that a weight could have.
 
-    dtype: its name ("bfloat16"). nbytes: padding included. saved_us: microseconds it saves in a prefill-sized call, against the best
-    path without a twin; at most 0 where it does not pay.
+    dtype: its name ("bfloat16"). nbytes: padding included. saved_us: microseconds it saves in a prefill-sized call, against
+    the best path without a twin; at most 0 where it does not pay.
     """
 
     dtype: str
@@ -45,7 +45,8 @@ class TwinCandidate:
 class Budget:
     """Bytes, read once, from which everything else is computed.
 
-    total, free: of the device, `free` when the int4 weights are in place. utilization: share of `total` that may be used at all.
+    total, free: of the device, `free` when the int4 weights are in place. utilization: share of `total` that may be used at
+    all.
     transient: peak of temporaries while a twin is built. kv_floor: KV cache that twins may never take.
     """
 
@@ -89,7 +90,11 @@ class Budget:
     def levers(self, wanted: int) -> str:
         """The three settings that would make room, biggest first."""
         short = wanted - self.for_twins
-        options = [(self.untouchable, "raise utilization"), (self.kv_floor, "lower the KV floor"), (wanted, "use mode soft or off")]
+        options = [
+            (self.untouchable, "raise utilization"),
+            (self.kv_floor, "lower the KV floor"),
+            (wanted, "use mode soft or off"),
+        ]
         options.append((max(0, self.total - self.free - self.untouchable), "free memory that other processes or models hold"))
         ranked = sorted(options, reverse=True)[:3]
         return f"{short / GIB:.3f} GiB short; " + "; ".join(f"{what} (up to {n / GIB:.2f} GiB)" for n, what in ranked)
@@ -118,8 +123,8 @@ class Plan:
 def plan(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> Plan:
     """Choose twins by time saved per byte until the budget is spent.
 
-    `off` chooses none. `soft` takes what fits. `hard` takes all that pay, or raises BudgetError, with the arithmetic, before anything is
-    allocated. Ties go to the earlier candidate, so that equal inputs give equal plans on every rank.
+    `off` chooses none. `soft` takes what fits. `hard` takes all that pay, or raises BudgetError, with the arithmetic, before
+    anything is allocated. Ties go to the earlier candidate, so that equal inputs give equal plans on every rank.
     """
     if mode == "off":
         return Plan(mode, budget, {}, {})

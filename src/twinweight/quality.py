@@ -1,4 +1,6 @@
-"""What a path does to the output of a real model: perplexity and greedy text, under int4 only, twin only, and both as in use."""
+"""What a path does to the output of a real model: perplexity and greedy text, under int4 only, twin only, and both as in
+use.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _CONTEXT = 512
 
 @contextmanager
 def arm(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """`int4`: no twin at all. `twin`: every call on the twin. `mixed`: routes as measured, decode on int4 and prefill on the twin."""
+    """`int4`: no twin at all. `twin`: every call on the twin. `mixed`: routes as measured, decode on int4 and prefill on the
+    twin.
+    """
     with twins_in_use(model, name != "int4"):
         if name == "twin":
             with forced(model, Path.TWIN):
@@ -47,19 +51,29 @@ def greedy(model: PreTrainedModel, ids: Tensor, tokens: int) -> list[int]:
     """The `tokens` most likely tokens after ids [tokens], one after the other."""
     with torch.inference_mode():
         prompt = ids.unsqueeze(0).to(model.device)
-        out = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        out = model.generate(  # type: ignore[operator]
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
         )
     return [int(i) for i in out[0, len(ids) :]]
 
 
 def compare(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, prompts: Sequence[str], *, ppl_tokens: int = 8192, tokens: int = 48
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    prompts: Sequence[str],
+    *,
+    ppl_tokens: int = 8192,
+    tokens: int = 48,
 ) -> dict[str, Any]:
     """Perplexity on `text` and greedy continuations of `prompts`, per arm.
 
-    Returns {"ppl_int4", "ppl_twin", "ppl_mixed", "greedy_equal": whether all arms wrote the same, "ppl_tokens", "text": {prompt: int4's
-    continuation}, "different": prompts where an arm differs}.
+    Returns {"ppl_int4", "ppl_twin", "ppl_mixed", "greedy_equal": whether all arms wrote the same, "ppl_tokens", "text":
+    {prompt: int4's continuation}, "different": prompts where an arm differs}.
     """
     ids = torch.tensor(tokenizer(text)["input_ids"][: ppl_tokens + 1])
     starts = {p: torch.tensor(tokenizer(p)["input_ids"]) for p in prompts}

@@ -23,11 +23,15 @@ def bench_table(result: dict[str, Any]) -> Group:
     off, on = result["arms"]["off"], result["arms"]["on"]
     ratios, noise, work = result["ratios"], result["noise"] or {}, result["workload"]
     image = f", image {work['image'][0]}x{work['image'][1]}" if work["image"] else ""
-    title = f"{result['environment']['model']}: {work['prompt_tokens']} tokens in, {work['output_tokens']} out, batch {work['batch']}{image}"
+    load = f"{work['prompt_tokens']} tokens in, {work['output_tokens']} out, batch {work['batch']}{image}"
+    title = f"{result['environment']['model']}: {load}"
     table = _table(title, "", "off", "on", "gain", "noise")
     for key, label, digits in (
-        ("ttft_ms", "TTFT (ms)", 1), ("prefill_tok_s", "prefill (tok/s)", 0), ("tpot_ms", "TPOT (ms)", 2), ("e2e_ms", "end to end (ms)", 0)
-    ):  # fmt: skip
+        ("ttft_ms", "TTFT (ms)", 1),
+        ("prefill_tok_s", "prefill (tok/s)", 0),
+        ("tpot_ms", "TPOT (ms)", 2),
+        ("e2e_ms", "end to end (ms)", 0),
+    ):
         if off[key] is None:
             continue
         ratio = {"ttft_ms": "ttft", "prefill_tok_s": "ttft", "tpot_ms": "tpot", "e2e_ms": "e2e"}[key]
@@ -51,7 +55,11 @@ def quality_table(result: dict[str, Any]) -> Group:
         table.add_row(label, f"{value:.4f}", f"{(value / result['ppl_int4'] - 1) * 100:+.3f} %")
     verdict = "equal under all three" if result["greedy_equal"] else f"differs for {len(result['different'])} prompts"
     prompt, text = next(iter(result["text"].items()))
-    return Group(table, Text(f"greedy text of {len(result['text'])} prompts: {verdict}; the first one:"), Text(prompt + text, style="dim"))
+    return Group(
+        table,
+        Text(f"greedy text of {len(result['text'])} prompts: {verdict}; the first one:"),
+        Text(prompt + text, style="dim"),
+    )
 
 
 def inspect_table(result: dict[str, Any]) -> Group:
@@ -61,7 +69,11 @@ def inspect_table(result: dict[str, Any]) -> Group:
     for row in result["shapes"]:
         kind = f"{row['group_size']}{'' if row['symmetric'] else ' asym'}{' act-order' if row['act_order'] else ''}"
         table.add_row(
-            f"{row['n']} x {row['k']}", str(row["count"]), kind, f"{row['int4_bytes'] / _GIB:.3f}", f"{row['twin_bytes'] / _GIB:.3f}"
+            f"{row['n']} x {row['k']}",
+            str(row["count"]),
+            kind,
+            f"{row['int4_bytes'] / _GIB:.3f}",
+            f"{row['twin_bytes'] / _GIB:.3f}",
         )
     total = f"int4 {result['int4_bytes'] / _GIB:.3f} GiB, dense tensors {result['dense_bytes'] / _GIB:.3f} GiB"
     twins = f"all bf16 twins {result['twin_bytes'] / _GIB:.3f} GiB, KV cache {result['kv_bytes_per_token']:,} bytes a token"

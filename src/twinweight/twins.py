@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from twinweight.crossover import Crossovers, Shape, twin_choice, without_twin
+from twinweight.errors import ConfigError
 from twinweight.kernels import backend_for
 from twinweight.linear import Int4Linear
 from twinweight.paths import Path, Route
@@ -25,6 +26,19 @@ class TwinState:
 
     plan: Plan
     crossovers: Crossovers
+
+
+def attach(model: nn.Module, state: TwinState) -> None:
+    """Set `model.twinweight`."""
+    model.__dict__["twinweight"] = state
+
+
+def state_of(model: nn.Module) -> TwinState:
+    """`model.twinweight`, typed. Raises ConfigError for a model that Twinweight did not load."""
+    state = model.__dict__.get("twinweight")
+    if not isinstance(state, TwinState):
+        raise ConfigError(f"{type(model).__name__} was not loaded by Twinweight")
+    return state
 
 
 def int4_linears(model: nn.Module) -> dict[str, Int4Linear]:
@@ -91,7 +105,7 @@ def build_twins(model: nn.Module, progress: Callable[[str], None] | None = None)
 
     Running out of memory frees the twin at hand, keeps the int4 paths from there on and says so once.
     """
-    state: TwinState = model.twinweight  # type: ignore[assignment]
+    state = state_of(model)
     linears = int4_linears(model)
     built = 0
     for name, option in state.plan.twins.items():

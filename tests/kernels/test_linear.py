@@ -50,13 +50,14 @@ def test_against_float64(case: Case, path: str, tiles: Tiles) -> None:
 
 @pytest.mark.parametrize(("path", "tiles"), CHOICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(96, 32, False), (128, 64, True), (91, 91, False)])
+@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(160, 32, False), (91, 91, False)])
 def test_identity_gives_the_weight(
     k: int, group_size: int, symmetric: bool, dtype: torch.dtype, path: str, tiles: Tiles
 ) -> None:
-    w = random_weight(48, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
-    result = run(path, torch.eye(k, dtype=dtype, device=DEVICE), w, None, tiles)
-    assert torch.equal(result.T, w.dequantize(dtype))
+    w = random_weight(20, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
+    columns = slice(None) if DEVICE.type == "cuda" else slice(None, None, 9)  # the interpreter is slow; 9 meets every nibble
+    result = run(path, torch.eye(k, dtype=dtype, device=DEVICE)[columns], w, None, tiles)
+    assert torch.equal(result.T, w.dequantize(dtype)[:, columns])
 
 
 @pytest.mark.parametrize("path", ["int4", "fused"])

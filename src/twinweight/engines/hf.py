@@ -29,7 +29,7 @@ from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
 from twinweight.plan import Budget, Mode, check_mode
-from twinweight.twins import TwinState, build_twins, decide
+from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -63,7 +63,8 @@ def load(
     path: a local model directory.
     mode: "off", "soft" or "hard"; None reads TWINWEIGHT_MODE, then means "soft".
     device: None takes the GPU if there is one.
-    dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is fast in bf16.
+    dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is
+    fast in bf16.
     utilization: share of the device's memory that may be used at all.
     kv_floor: KV-cache tokens that twins may never take; None is 4096, or the model's maximum where that is less.
     crossovers: measurements to reuse; progress: show a bar (None: on a terminal).
@@ -84,10 +85,11 @@ def load(
             _load_int4(model, name, layout, fmt, ckpt, where, dtype)
             step(name)
         _load_dense(model, ckpt, layout, where)
-        model.twinweight = TwinState(decided, crossovers)
+        attach(model, TwinState(decided, crossovers))
         build_twins(model, step)
     _load_generation_config(model, ckpt)
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def _open(
 class _Layout:
     """What goes where, from headers alone, by the model's names.
 
-    parts: int4 module -> the stored modules it is made of. shapes: of the int4 modules. dense: parameter or buffer that is stored as
-    it is -> its tensor in the checkpoint, or the parts it is joined from.
+    parts: int4 module -> the stored modules it is made of. shapes: of the int4 modules. dense: parameter or buffer that is
+    stored as it is -> its tensor in the checkpoint, or the parts it is joined from.
     """
 
     parts: Mapping[str, tuple[Part, ...]]
@@ -151,7 +153,7 @@ def _config(ckpt: Checkpoint) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(ckpt.path, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(ckpt.path, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedError(
             file=ckpt.path / "config.json", expected="a model that transformers knows", found=str(error).split("\n")[0]
@@ -182,13 +184,17 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype, ckpt: Checkpoint) ->
     cls = getattr(transformers, architecture, None)
     if cls is None or not hasattr(cls, "generate"):
         raise UnsupportedError(
-            file=ckpt.path / "config.json", expected="architectures: a model of transformers that generates", found=architecture or "none"
+            file=ckpt.path / "config.json",
+            expected="architectures: a model of transformers that generates",
+            found=architecture or "none",
         )
     with init_empty_weights(include_buffers=False):
         return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
 
-def _lay_out(model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, device: torch.device, dtype: torch.dtype) -> _Layout:
+def _lay_out(
+    model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, device: torch.device, dtype: torch.dtype
+) -> _Layout:
     """Match modules and tensors, and check every header. Raises before anything is read."""
     names = match_names(model, ckpt)
     linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -199,17 +205,15 @@ def _lay_out(model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, devi
     for name, (n, k) in linears.items():
         if f"{name}.weight" in tied and f"{name}.weight" not in names.tensors and not fmt.owned_tensors(names.module(name)):
             continue
-        found = fusion.resolve(names.module(name), stored, lambda module: fusion.stored_shape(fmt, module))
+        found = fusion.resolve(names.module(name), stored, lambda module: fusion.stored_shape(fmt, module), ckpt.source)
         if not fusion.is_int4(fmt, found):
             continue
-        for part in found:
-            fmt.check(part.name, fmt.shape(part.name))
+        kind = fusion.check_int4(fmt, found)
         parts[name] = found
-        kind = fmt.describe(found[0].name)
         shapes[name] = Shape(n, k, kind.group_size, kind.symmetric, kind.act_order, dtype, device)
     dense: dict[str, str | tuple[Part, ...]] = {}
     for name, tensor in _stored_tensors(model):
-        module, _, leaf = name.rpartition(".")
+        module = name.rpartition(".")[0]
         if name in names.tensors:
             if module not in parts:
                 dense[name] = names.tensors[name]
@@ -217,7 +221,7 @@ def _lay_out(model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, devi
         elif module in parts or name in tied:
             continue
         elif module in linears:
-            dense[name] = fusion.resolve(names.module(module), stored, lambda m: fusion.stored_shape(fmt, m))
+            dense[name] = fusion.resolve(names.module(module), stored, lambda m: fusion.stored_shape(fmt, m), ckpt.source)
         else:
             raise CheckpointError(file=ckpt.source, tensor=name, expected=f"shape {list(tensor.shape)}", found="no such tensor")
     return _Layout(parts, shapes, dense)
@@ -266,7 +270,13 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def _load_int4(
-    model: PreTrainedModel, name: str, layout: _Layout, fmt: formats.Format, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    name: str,
+    layout: _Layout,
+    fmt: formats.Format,
+    ckpt: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Replace one `nn.Linear` by an `Int4Linear`. The file's pages leave memory with the tensors read."""
     old = model.get_submodule(name)
@@ -295,7 +305,9 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, devic
             if buffer is not None and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
     if left := [n for n, p in model.named_parameters() if p.is_meta]:
-        raise CheckpointError(file=ckpt.source, tensor=left[0], expected="data for every parameter", found=f"none for {len(left)}")
+        raise CheckpointError(
+            file=ckpt.source, tensor=left[0], expected="data for every parameter", found=f"none for {len(left)}"
+        )
 
 
 def _load_generation_config(model: PreTrainedModel, ckpt: Checkpoint) -> None:

@@ -13,13 +13,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _INT4_LEAVES = frozenset(
-    "weight_packed weight_scale weight_zero_point weight_g_idx weight_shape qweight qzeros scales g_idx".split()
+    [
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_g_idx",
+        "weight_shape",
+        "qweight",
+        "qzeros",
+        "scales",
+        "g_idx",
+    ]
 )
 
 
 @dataclass(frozen=True)
 class Names:
-    """tensors: model tensor name -> checkpoint tensor name. parents: model module -> checkpoint module, for containers of tensors."""
+    """tensors: model tensor name -> checkpoint tensor name. parents: model module -> checkpoint module, for containers of
+    tensors.
+    """
 
     tensors: Mapping[str, str]
     parents: Mapping[str, str]
@@ -38,11 +50,11 @@ def match_names(model: PreTrainedModel, ckpt: Checkpoint) -> Names:
     Raises UnsupportedError where they ask for more than a new name (mixture-of-experts weights that transformers stacks).
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if not isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
     wanted = dict(model.state_dict())
     tensors: dict[str, str] = {}
     parents: dict[str, str] = {}

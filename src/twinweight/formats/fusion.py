@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,21 +39,26 @@ class Part:
         return self.stop - self.start == self.shape[0]
 
 
-def resolve(name: str, shapes: Mapping[str, Shape], stored: Callable[[str], Shape | None]) -> tuple[Part, ...]:
+def resolve(
+    name: str, shapes: Mapping[str, Shape], stored: Callable[[str], Shape | None], file: Path | None = None
+) -> tuple[Part, ...]:
     """The parts of stored modules that, one below the other, are module `name` of the model.
 
     name, and the names in the answer: in the checkpoint's naming. shapes: (N, K) of the model's modules, `name` and its
-    siblings among them. stored: (N, K) of a module in the checkpoint (`stored_shape`), None where it has none. An ordinary
-    module gives one whole part. Raises CheckpointError where it is not stored in any form, or the shapes do not add up.
+    siblings among them. stored: (N, K) of a module in the checkpoint (`stored_shape`), None where it has none. file: for
+    error messages (`Checkpoint.source`). An ordinary module gives one whole part.
+
+    Raises CheckpointError where it is not stored in any form, or the shapes do not add up.
     """
     wanted = shapes[name]
-    parts = _find(name, shapes, stored)
+    parts = _find(name, shapes, stored, file)
     if not parts:
-        raise CheckpointError(tensor=f"{name}.weight", expected="the module, or a fused or split form of it", found="none")
+        expected = "the module, or a fused or split form of it"
+        raise CheckpointError(file=file, tensor=f"{name}.weight", expected=expected, found="none")
     rows, widths = sum(p.stop - p.start for p in parts), {p.shape[1] for p in parts}
     if (rows, widths) != (wanted[0], {wanted[1]}):
         found = f"{rows} rows of {', '.join(p.name for p in parts)}, K = {', '.join(map(str, sorted(widths)))}"
-        raise CheckpointError(tensor=f"{name}.weight", expected=f"shape {list(wanted)}", found=found)
+        raise CheckpointError(file=file, tensor=f"{name}.weight", expected=f"shape {list(wanted)}", found=found)
     return parts
 
 
@@ -122,7 +128,7 @@ def read_dense(ckpt: Checkpoint, parts: Sequence[Part], suffix: str) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _find(name: str, shapes: Mapping[str, Shape], stored: Callable[[str], Shape | None]) -> tuple[Part, ...]:
+def _find(name: str, shapes: Mapping[str, Shape], stored: Callable[[str], Shape | None], file: Path | None) -> tuple[Part, ...]:
     if (shape := stored(name)) is not None:
         return (_whole(name, shape),)
     parent, dot, last = name.rpartition(".")
@@ -132,7 +138,7 @@ def _find(name: str, shapes: Mapping[str, Shape], stored: Callable[[str], Shape 
             rows = [shapes.get(prefix + m, (0, 0))[0] for m in members]
             if sum(rows) != shape[0]:
                 expected = f"{' + '.join(map(str, rows))} rows for {', '.join(members)}"
-                raise CheckpointError(tensor=prefix + fused, expected=expected, found=f"{shape[0]} rows")
+                raise CheckpointError(file=file, tensor=prefix + fused, expected=expected, found=f"{shape[0]} rows")
             start = sum(rows[: members.index(last)])
             return (Part(prefix + fused, start, start + shapes[name][0], shape),)
         if last == fused:

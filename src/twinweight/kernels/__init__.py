@@ -48,10 +48,10 @@ class Backend(Protocol):
 def backend_for(device: torch.device) -> Backend:
     """The backend of a device: ATen on "cpu", Triton on everything else."""
     if device.type == "cpu":
-        from twinweight.kernels import cpu
+        import twinweight.kernels.cpu as cpu
 
         return cpu
-    from twinweight.kernels import gpu
+    import twinweight.kernels.gpu as gpu
 
     return gpu
 

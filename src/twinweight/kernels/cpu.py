@@ -4,8 +4,8 @@ ATen's kernel computes `(q - 8) * scale + zero` in fp32 with both parameters in 
 therefore exact. An asymmetric one is exact where `zero` fits 16 bits: `(8 - zero_point) * scale` does for zero points
 0, 4, 6..10 and 12. A group with zero point 3, 5, 11 or 15 is stored mirrored, 15 - q with a negated scale, which
 makes its zero `(7 - zero_point) * scale` and exact too. Zero points 1, 2, 13 and 14 (groups that barely cross zero) may be
-rounded, by at most 7/256 of a quantization step. The twin is expanded from the packed layout, so it holds what the kernel computes
-in every case.
+rounded, by at most 7/256 of a quantization step. The twin is expanded from the packed layout, so it holds what the kernel
+computes in every case.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     cols = w.packed.shape[1] * 2
     if cols != w.k:
         x = torch.nn.functional.pad(x, (0, cols - w.k))
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), w.packed, w.group_size, w.scales)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), w.packed, w.group_size, w.scales)
     if bias is not None:
         return y[:, : w.n] + bias
     return y if y.shape[1] == w.n else y[:, : w.n].contiguous()
@@ -85,7 +85,9 @@ def expand(w: KernelWeight, out: Tensor) -> None:
         values[:, low] = pairs & 15
         values[:, high] = pairs >> 4
         start, stop = at * _ROWS, min((at + pairs.shape[0]) * _ROWS, w.n)
-        scale, zero = w.scales[:, start : at * _ROWS + values.shape[0] * _ROWS].float().permute(2, 1, 0).contiguous().unsqueeze(-1)
+        scale, zero = (
+            w.scales[:, start : at * _ROWS + values.shape[0] * _ROWS].float().permute(2, 1, 0).contiguous().unsqueeze(-1)
+        )
         # q * s + (z - 8 s) has at most 13 significant bits at every step: fp32 holds it exactly.
         dense = torch.addcmul(zero - SYMMETRIC_ZERO * scale, values.view(-1, scale.shape[1], w.group_size).float(), scale)
         rows = dense.view(-1, cols)[: stop - start, : w.k]

@@ -43,7 +43,8 @@ def _expand_kernel(
     # A third axis holds the 8 columns of a word: they are made in the thread that writes them, as one 16-byte store.
     j = tl.arange(0, 8)[None, None, :]
     # The nibble as the top of the mantissa of 128.0, exactly as in `weight_column`.
-    w = ((((words[:, :, None] >> (4 * j)) & 15) << 16) | 0x43000000).to(tl.float32, bitcast=True) * s[:, :, None] + c[:, :, None]
+    mantissa = (((words[:, :, None] >> (4 * j)) & 15) << 16) | 0x43000000
+    w = mantissa.to(tl.float32, bitcast=True) * s[:, :, None] + c[:, :, None]
     columns = words_at[None, :, None] * 8 + j
     inside = (offs_n < N)[:, None, None]
     if WHOLE_WORDS:

@@ -79,8 +79,16 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     block_n = 64 if traits.vendor == "nvidia" else 32
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), 4 * traits.multiprocessors, least=8)
-    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if traits.vendor == "nvidia" else 2,
-                    num_stages=_stages(4, block_m, block_n, traits))
+    return DotTiles(
+        block_m,
+        block_n,
+        16,
+        split,
+        group_n=8,
+        sort_x=False,
+        num_warps=4 if traits.vendor == "nvidia" else 2,
+        num_stages=_stages(4, block_m, block_n, traits),
+    )
 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
@@ -94,8 +102,16 @@ def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
     block_n = 128 if traits.vendor == "nvidia" else 64
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), traits.multiprocessors, least=8)
-    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=True, num_warps=8 if block_m * block_n > 8192 else 4,
-                    num_stages=_stages(4, block_m, block_n, traits))
+    return DotTiles(
+        block_m,
+        block_n,
+        16,
+        split,
+        group_n=8,
+        sort_x=True,
+        num_warps=8 if block_m * block_n > 8192 else 4,
+        num_stages=_stages(4, block_m, block_n, traits),
+    )
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:

@@ -52,12 +52,14 @@ def round_to(x, DTYPE: tl.constexpr, NATIVE: tl.constexpr, FINITE: tl.constexpr)
     no such conversion (the compiler's own expansion is longer by the NaN test that FINITE spares) or the interpreter truncates.
     """
     if NATIVE or DTYPE != tl.bfloat16:
-        return x.to(DTYPE)
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    if not FINITE:
-        bits = tl.where(x == x, bits, 0x7FC0)
-    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        result = x.to(DTYPE)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        if not FINITE:
+            bits = tl.where(x == x, bits, 0x7FC0)
+        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return result
 
 
 def group_words(group_size: int, groups: int) -> int:
@@ -90,7 +92,9 @@ def check_linear(x: Tensor, bias: Tensor | None, out: Tensor | None, *, n: int, 
     if x.ndim != 2 or x.dtype not in FLOAT_TYPES or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x: expected bf16 or fp16 [M, K] with contiguous rows, found {x.dtype} {list(x.shape)}, {x.stride()}")
     if bias is not None and (bias.dtype not in FLOAT_TYPES or bias.shape != (n,) or not bias.is_contiguous()):
-        raise ValueError(f"bias: expected contiguous bf16 or fp16 [{n}], found {bias.dtype} {list(bias.shape)}, {bias.stride()}")
+        raise ValueError(
+            f"bias: expected contiguous bf16 or fp16 [{n}], found {bias.dtype} {list(bias.shape)}, {bias.stride()}"
+        )
     if out is None:
         out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
     elif out.shape != (x.shape[0], n) or out.dtype != x.dtype or (n > 1 and out.stride(1) != 1):
