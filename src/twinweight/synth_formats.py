@@ -110,7 +110,7 @@ def quantization_config(recipe: Recipe, ignored: list[str]) -> dict[str, Any]:
             "sym": recipe.symmetric,
             "checkpoint_format": "gptq",
             "lm_head": False,
-            "dynamic": {f"-:.*{name}.*": {} for name in ignored if name != "lm_head"},
+            "dynamic": {f"-:{_ignore_rule(name).removeprefix('re:')}": {} for name in ignored if name != "lm_head"},
         }
     if recipe.format == "awq":
         config = {"quant_method": "awq", "bits": 4, "group_size": recipe.group_size, "zero_point": True, "version": "gemm"}

@@ -63,4 +63,4 @@ LINEAR_TILES = {
     "dot-split": replace(DOT, split_k=3),
     "dot-sorted-split": replace(DOT, sort_x=True, split_k=2),
 }
-EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=8, block_words=4, num_warps=1)}
+EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

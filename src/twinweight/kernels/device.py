@@ -19,7 +19,14 @@ def traits_of(device: torch.device) -> DeviceTraits:
     if torch.version.hip is not None:
         # gfx942 and gfx11/12 have no such conversion (gfx950 has; using integers there is right, and not the fastest)
         return DeviceTraits("amd", p.warp_size, p.multi_processor_count, shared_memory=65536, rounds_bf16=False)
-    return DeviceTraits("nvidia", p.warp_size, p.multi_processor_count, p.shared_memory_per_block_optin, rounds_bf16=True)
+    return DeviceTraits(
+        "nvidia",
+        p.warp_size,
+        p.multi_processor_count,
+        p.shared_memory_per_block_optin,
+        rounds_bf16=True,
+        tensor_memory=p.major == 10,
+    )
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device_of:

@@ -1,8 +1,9 @@
 """Tile choice: one pure function a kernel, from shapes and `DeviceTraits` to one frozen dataclass.
 
-Provenance of every number here: UNTUNED. Chosen by counting (bytes in flight, programs a multiprocessor, registers)
-and compiled for cuda 80/90/100 and gfx942/1100/1151/1201 without register spills; nothing was measured yet. To be
-measured on an H200; RDNA and CDNA remain "compiled for". All kernels accept any legal tiles, so tests and tuners force them.
+Provenance of every number here: UNTUNED (November 2026). Chosen by counting (bytes in flight, programs a multiprocessor,
+registers) and compiled with Triton 3.7.1 for cuda 80/90/100 and gfx942/1100/1151/1201 without register spills, which
+`tests/kernels/test_compile.py` keeps so. Nothing was measured: distance from the best is unknown on every GPU. To be
+measured on an H200; RDNA and CDNA remain "compiled for". Kernels accept any legal tiles, so tests and tuners force them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class DeviceTraits:
     """What tile choice may know of a GPU.
 
     shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
+    tensor_memory: products accumulate in a memory of their own (Blackwell), not in registers.
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -23,6 +25,7 @@ class DeviceTraits:
     multiprocessors: int
     shared_memory: int
     rounds_bf16: bool
+    tensor_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,24 +73,17 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     kernel does that once a row. Untuned (see the module docstring).
     """
     words = -(-k // 8)
+    nvidia = traits.vendor == "nvidia"
     if m <= 1:
-        block_n, block_words = 16, 64
-        programs = -(-n // block_n)
-        split = _split_k(programs, -(-words // block_words), 8 * traits.multiprocessors, least=2)
-        return GemvTiles(block_n, block_words, split, num_warps=4, num_stages=2)
-    block_m = 16 if m <= 16 else 32
-    block_n = 64 if traits.vendor == "nvidia" else 32
+        split = _split_k(-(-n // 16), -(-words // 64), 8 * traits.multiprocessors, least=2)
+        # With one stage AMD keeps what is in flight in registers; two or more cost it 250 of them and bring nothing more.
+        return GemvTiles(block_n=16, block_words=64, split_k=split, num_warps=4, num_stages=3 if nvidia else 1)
+    block_m, block_n = 16 if m <= 16 else 32, 64 if nvidia else 32
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), 4 * traits.multiprocessors, least=8)
+    stages = _stages(4, block_m, block_n, traits)
     return DotTiles(
-        block_m,
-        block_n,
-        16,
-        split,
-        group_n=8,
-        sort_x=False,
-        num_warps=4 if traits.vendor == "nvidia" else 2,
-        num_stages=_stages(4, block_m, block_n, traits),
+        block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if nvidia else 2, num_stages=stages
     )
 
 
@@ -98,25 +94,21 @@ def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
         tiles = decode_tiles(max(m, 2), n, k, group_size, traits)
         if isinstance(tiles, DotTiles):
             return tiles
-    block_m = 64 if m <= 64 else 128
-    block_n = 128 if traits.vendor == "nvidia" else 64
+    block_m, block_n = 64 if m <= 64 else 128, 128
+    if traits.vendor == "amd" or traits.tensor_memory:
+        # AMD: larger tiles spill registers on gfx11. Tensor memory: Triton 3.7 gives each of the eight products of a step
+        # its own accumulator, and 512 columns hold eight of 64 x 64, no more (beyond that the kernel is one trap).
+        block_m, block_n = 64, 64
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), traits.multiprocessors, least=8)
-    return DotTiles(
-        block_m,
-        block_n,
-        16,
-        split,
-        group_n=8,
-        sort_x=True,
-        num_warps=8 if block_m * block_n > 8192 else 4,
-        num_stages=_stages(4, block_m, block_n, traits),
-    )
+    warps, stages = 8 if block_m * block_n > 8192 else 4, _stages(4, block_m, block_n, traits)
+    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=True, num_warps=warps, num_stages=stages)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
-    """Tiles for `expand`: each thread writes 16 bytes of whole cache lines. Untuned (see the module docstring)."""
-    return ExpandTiles(block_n=16, block_words=64, num_warps=4)
+    """Tiles for `expand`: 16-byte stores, whole cache lines, one group a tile where groups allow. Untuned (see above)."""
+    block_words = 64 if group_size == k else 16
+    return ExpandTiles(1024 // block_words, block_words, num_warps=4)
 
 
 def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
