@@ -76,13 +76,15 @@ def main() -> None:
     p.add_argument("--vocab", type=int, default=4096)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--start", type=Path, help="an earlier OUT, to go on from its weights and tokenizer with a new schedule")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
     train, held = read_corpus()
-    tok = train_tokenizer(train, a.vocab)
+    earlier = json.loads((a.start / "train.json").read_text()) if a.start else None
+    tok = PreTrainedTokenizerFast.from_pretrained(a.start / "dense") if a.start else train_tokenizer(train, a.vocab)
     eos = tok.eos_token_id
 
     def encode(texts: list[str]) -> torch.Tensor:
@@ -94,7 +96,10 @@ def main() -> None:
         num_attention_heads=a.hidden // 64, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, initializer_range=0.02,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(a.device)
+    model = LlamaForCausalLM(config)
+    if a.start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(a.start / "dense", dtype=torch.float32).state_dict())
+    model.to(a.device)
     params = sum(p.numel() for p in model.parameters())
     print(
         f"{len(train)} files, {len(data)} tokens; held out {len(held)} files, {len(held_ids)}; {params} parameters", flush=True
@@ -137,6 +142,7 @@ def main() -> None:
         "device": a.device, "torch": torch.__version__, "parameters": params, "train_files": len(train),
         "train_tokens": len(data), "heldout_files": len(held), "heldout_tokens": len(held_ids),
         "heldout_ppl_bf16": round(ppl, 4), "steps": step, "tokens_seen": seen, "log": log,
+        "earlier": earlier,
     }  # fmt: skip
     (a.out / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"held-out perplexity {ppl:.3f} after {step} steps, {seen} tokens")

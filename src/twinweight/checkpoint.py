@@ -10,10 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twinweight.errors import CheckpointError, UnsupportedError
-from twinweight.safetensors_file import TensorInfo, read_header, read_tensor
+from twinweight.safetensors_file import TensorInfo, copy_tensor, read_header, read_tensor
 
 __all__ = ["Checkpoint", "TensorInfo", "read_json"]
 
@@ -87,6 +88,10 @@ class Checkpoint:
         Copy (or move) what is to live long: the file must not change under a view. Writing to it leaves the file alone.
         """
         return read_tensor(self.info(name), name)
+
+    def copy(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A tensor's data in new memory, on a device and in a dtype; peaks at its own size and 16 MiB."""
+        return copy_tensor(self.info(name), name, device, dtype)
 
 
 def read_json(file: Path) -> dict[str, Any]:

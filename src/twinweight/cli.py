@@ -92,7 +92,8 @@ def synth(
     )  # fmt: skip
     out.print(
         f"{out_dir}: {written.parameters / 1e9:.2f} B parameters, {written.quantized} int4 weights, "
-        f"{written.nbytes / 2**30:.2f} GiB in {written.shards} files"
+        f"{written.nbytes / 2**30:.2f} GiB in {written.shards} files",
+        soft_wrap=True,
     )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ _MAX_HEADER = 100_000_000
 
 _MAP_FROM = 1 << 16
 """Bytes from which a tensor is mapped: below, one read is cheaper, and a process may hold only 65,530 mappings."""
+
+_COPY_BYTES = 16 << 20
+"""Most bytes of a file that are mapped at once while a tensor is copied."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,24 @@ def read_tensor(info: TensorInfo, name: str) -> Tensor:
     if skip % info.dtype.itemsize:
         octets = octets.clone()  # the format does not promise aligned data
     return octets.view(info.dtype).reshape(info.shape)
+
+
+def copy_tensor(info: TensorInfo, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor's data in new memory; the file's pages are mapped some rows at a time, so that they never add up.
+
+    Raises what `read_tensor` raises.
+    """
+    out = torch.empty(info.shape, dtype=dtype, device=device)
+    if len(info.shape) == 0 or info.nbytes <= _COPY_BYTES:
+        out.copy_(read_tensor(info, name))
+        return out
+    row = info.nbytes // info.shape[0]
+    step = max(1, _COPY_BYTES // row)
+    for at in range(0, info.shape[0], step):
+        rows = min(step, info.shape[0] - at)
+        part = replace(info, shape=(rows, *info.shape[1:]), offset=info.offset + at * row, nbytes=rows * row)
+        out[at : at + rows] = read_tensor(part, name)
+    return out
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:

@@ -292,8 +292,11 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, devic
     tensors = dict(_stored_tensors(model))
     for name, source in layout.dense.items():
         module_name, _, leaf = name.rpartition(".")
-        data = ckpt.read(source) if isinstance(source, str) else fusion.read_dense(ckpt, source, leaf)
-        data = data.to(device, tensors[name].dtype, copy=True)
+        dtype = tensors[name].dtype
+        if isinstance(source, str):
+            data = ckpt.copy(source, device, dtype)
+        else:
+            data = fusion.read_dense(ckpt, source, leaf).to(device, dtype, copy=True)
         module = model.get_submodule(module_name)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(data, requires_grad=False)

@@ -4,6 +4,9 @@ One row: `_gemv_kernel`, reductions in fp32. More rows: the matrix instructions 
 over programs, because a second row through the GEMV kernel would unpack the weight a second time.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# (Triton kernels carry no types; every other function here does.)
+
 from __future__ import annotations
 
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -29,6 +30,6 @@ def traits_of(device: torch.device) -> DeviceTraits:
     )
 
 
-def on_device(tensor: Tensor) -> torch.cuda.device_of:
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Context in which a Triton launch goes to the GPU of `tensor`, not the current one; nothing on the CPU."""
-    return torch.cuda.device_of(tensor)
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

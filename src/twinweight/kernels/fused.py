@@ -5,6 +5,9 @@ times, column j of every word at once, so nibbles never move between registers o
 8i + j for all words i. For many rows a pass of its own reorders x first (`_sort_kernel`), for few the kernel does it.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# (Triton kernels carry no types; every other function here does.)
+
 from __future__ import annotations
 
 import torch

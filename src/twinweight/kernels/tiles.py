@@ -81,10 +81,8 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     block_m, block_n = 16 if m <= 16 else 32, 64 if nvidia else 32
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), 4 * traits.multiprocessors, least=8)
-    stages = _stages(4, block_m, block_n, traits)
-    return DotTiles(
-        block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if nvidia else 2, num_stages=stages
-    )
+    stages = _stages(block_m, block_n, k, group_size, traits)
+    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if nvidia else 2, num_stages=stages)
 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
@@ -101,7 +99,7 @@ def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
         block_m, block_n = 64, 64
     programs = -(-n // block_n) * -(-m // block_m)
     split = _split_k(programs, -(-words // 16), traits.multiprocessors, least=8)
-    warps, stages = 8 if block_m * block_n > 8192 else 4, _stages(4, block_m, block_n, traits)
+    warps, stages = 8 if block_m * block_n > 8192 else 4, _stages(block_m, block_n, k, group_size, traits)
     return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=True, num_warps=warps, num_stages=stages)
 
 
@@ -119,9 +117,13 @@ def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
     return split
 
 
-def _stages(most: int, block_m: int, block_n: int, traits: DeviceTraits) -> int:
-    """Loads in flight that fit shared memory (16 words a weight row, 128 columns an x row); 2 where there is no async copy."""
+def _stages(block_m: int, block_n: int, k: int, group_size: int, traits: DeviceTraits) -> int:
+    """Steps of K in flight: up to 4 that fit shared memory (16 words a weight row, 128 columns an x row).
+
+    AMD keeps them in registers: 2 where a step is one whole group, 1 where masks and more scales need the registers too
+    (with 2, `fused` for group 32 spills up to 120 of them on gfx11).
+    """
     if traits.vendor == "amd":
-        return 2
-    stage = 16 * 4 * block_n + 128 * 2 * block_m
-    return max(2, min(most, (traits.shared_memory - 32768) // stage))
+        return 2 if group_size % 128 == 0 and k % 128 == 0 else 1
+    step = 16 * 4 * block_n + 128 * 2 * block_m
+    return max(2, min(4, (traits.shared_memory - 32768) // step))

@@ -1,0 +1,60 @@
+"""Every kernel compiles for every GPU we name, on matrix instructions and without spilled registers. None of it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_targets.py"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1151", "gfx1201")
+MATRIX = {"sm_90": "wgmma", "gfx942": "mfma", "gfx1100": "wmma", "gfx1151": "wmma", "gfx1201": "wmma"}
+KERNELS = {"gemv", "dot", "fused", "expand", "sort", "sum"}
+
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
+    """target -> rows, from one process for all (in this one Triton may be the interpreter)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows: dict[str, list[Row]] = {target: [] for target in TARGETS}
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        rows[row["target"]].append(row)
+    return rows
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(target: str, compiled: dict[str, list[Row]]) -> None:
+    rows = compiled[target]
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["shape"] for row in rows} == {"g128", "g32-ragged", "channel-ragged"}
+    assert {row["dtype"] for row in rows} == {"bf16", "fp16"}
+    assert {row["symmetric"] for row in rows} == {True, False}
+    for row in rows:
+        assert row.get("trap", 0) == 0, row  # how Triton compiles what does not fit Blackwell's tensor memory
+        assert row["spills"] <= (16 if target.startswith("sm") and row["shape"] != "g128" else 0), row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_use_matrix_instructions(target: str, compiled: dict[str, list[Row]]) -> None:
+    for row in compiled[target]:
+        if row["kernel"] in ("fused", "dot"):
+            assert row["matrix"] > 0, row
+            assert row.get(MATRIX.get(target, "matrix"), 0) > 0, row
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_loads_are_wide(target: str, compiled: dict[str, list[Row]]) -> None:
+    for row in compiled[target]:
+        if row["shape"] == "g128" and row["kernel"] in ("fused", "dot", "gemv", "expand"):
+            assert row["load16"] > 0, row

@@ -1,0 +1,100 @@
+"""The command line from outside: tables, JSON, exit codes, errors without tracebacks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_synth import tiny
+from twinweight import synth
+
+
+def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from twinweight.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"} | env)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "model"
+    synth.write(tiny("qwen3-0.6b"), out, group_size=32)
+    return out
+
+
+def test_bench_prints_the_table_and_writes_json(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "bench.json"
+    done = run("bench", model, "--prompt-tokens", 64, "--output-tokens", 4, "--repeats", 2, "--device", "cpu", "--json", file)
+    assert done.returncode == 0, done.stderr
+    for word in ("TTFT", "TPOT", "KV cache (tokens)", "weights with a twin"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = json.loads(file.read_text())
+    assert result["arms"].keys() == {"off", "on"}
+    for arm in result["arms"].values():
+        assert arm.keys() == {
+            "ttft_ms", "prefill_tok_s", "tpot_ms", "e2e_ms", "kv_cache_gib", "kv_cache_tokens", "twin_gib", "twins", "weights"
+        }  # fmt: skip
+        for key in ("ttft_ms", "prefill_tok_s", "tpot_ms", "e2e_ms"):
+            assert 0 < arm[key]["min"] <= arm[key]["median"] <= arm[key]["max"]
+        assert arm["weights"] == 14
+    off, on = result["arms"]["off"], result["arms"]["on"]
+    assert off["twins"] == off["twin_gib"] == 0
+    assert on["kv_cache_tokens"] <= off["kv_cache_tokens"]
+    assert result["ratios"]["ttft"] == pytest.approx(off["ttft_ms"]["median"] / on["ttft_ms"]["median"], rel=1e-2)
+    assert result["ratios"]["tpot"] == pytest.approx(on["tpot_ms"]["median"] / off["tpot_ms"]["median"], rel=1e-2)
+    assert result["noise"].keys() == result["ratios"].keys() == {"ttft", "tpot", "e2e"}
+    assert {"device", "torch", "transformers", "date", "model"} <= result["environment"].keys()
+
+
+def test_inspect_and_load_check(model: Path, tmp_path: Path) -> None:
+    done = run("inspect", model, "--json", tmp_path / "i.json")
+    assert done.returncode == 0, done.stderr
+    shapes = json.loads((tmp_path / "i.json").read_text())["shapes"]
+    assert sum(s["count"] for s in shapes) == 14
+    done = run("load-check", model, "--device", "cpu", "--json", tmp_path / "c.json")
+    assert done.returncode == 0, done.stderr
+    checked = json.loads((tmp_path / "c.json").read_text())
+    assert checked["ok"]
+    assert all(c["exact"] for c in checked["checked"])
+
+
+def test_synth_writes_a_model(tmp_path: Path) -> None:
+    done = run(
+        "synth", tmp_path / "m", "--like", "qwen3-0.6b", "--layers", 1, "--format", "awq", "--asymmetric", "--group-size", 64
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    assert "7 int4 weights" in done.stdout
+
+
+def test_exit_codes(model: Path, tmp_path: Path) -> None:
+    cases = [
+        (("inspect", tmp_path / "none"), {}, 3, "directory"),
+        (("synth", tmp_path / "x", "--like", "gpt-9"), {}, 2, "qwen3-0.6b"),
+        (("bench", model, "--image", "big"), {}, 2, "WIDTHxHEIGHT"),
+        (("bench", model, "--utilization", 3, "--device", "cpu"), {}, 2, "utilization"),
+        (("bench", model, "--mode", "hard", "--utilization", 0.0001, "--device", "cpu"), {}, 5, "left for twins"),
+        (("load-check", model, "--device", "cpu"), {"TWINWEIGHT_MODE": "maybe"}, 2, "maybe"),
+        (("bench", model, "--no-such-option"), {}, 2, "no-such-option"),
+    ]
+    for args, env, code, word in cases:
+        done = run(*args, **env)
+        assert done.returncode == code, (args, done.stderr)
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_file_is_one_message(model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(model, bad)
+    file = next(bad.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    done = run("load-check", bad)
+    assert done.returncode == 3
+    assert file.name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in run("--debug", "load-check", bad).stderr
