@@ -7,6 +7,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from twinweight.engines.hf import kv_bytes_per_token
+from twinweight.paths import Path
 from twinweight.plan import GIB
 from twinweight.timing import Timing
-from twinweight.twins import int4_linears, state_of, twin_bytes, twins_in_use
+from twinweight.twins import forced, int4_linears, state_of, twin_bytes, twins_in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,27 +72,33 @@ class _Arm:
 
 
 def bench(
-    model: PreTrainedModel, work: Workload, *, repeats: int = 5, warmup: int = 1, step: Callable[[str], None] | None = None
+    model: PreTrainedModel,
+    work: Workload,
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    dense: bool = False,
+    step: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run off, on, off, on, ... and compare. Each repeat has a prompt of its own; both arms of a repeat share it.
+    """Run off, on, off, on, ... and compare. Each repeat has a prompt of its own, which its arms share.
 
-    Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off /
-    on) and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd
-    ones.
+    dense: a third arm sends decode to the twins too, which is what serving the dense weights does.
+    Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off / on)
+    and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd ones.
     """
-    arms = {"off": _Arm(), "on": _Arm()}
+    arms = {"off": _Arm(), "on": _Arm()} | ({"dense": _Arm()} if dense else {})
     for repeat in range(-warmup, repeats):
         inputs = make_inputs(model, work, seed=repeat)
-        for name in ("off", "on"):
-            with twins_in_use(model, name == "on"):
+        for name, arm in arms.items():
+            with twins_in_use(model, name != "off"), forced(model, Path.TWIN) if name == "dense" else nullcontext():
                 start, at = _generate(model, inputs, work.output_tokens)
             if repeat >= 0:
-                arms[name].add(start, at)
+                arm.add(start, at)
             if step is not None:
                 step(f"{name} {max(0, repeat + 1)}/{repeats}")
     prompt = int(inputs["input_ids"].numel())
     return {
-        "arms": {name: _summary(model, arm, prompt, on=name == "on") for name, arm in arms.items()},
+        "arms": {name: _summary(model, arm, prompt, on=name != "off") for name, arm in arms.items()},
         "ratios": _ratios(arms["off"], arms["on"]),
         "noise": _ratios(_half(arms["off"], 0), _half(arms["off"], 1)) if repeats > 1 else None,
         "workload": {

@@ -322,3 +322,13 @@ def test_bad_arguments_are_refused(checkpoint: Path, options: dict[str, object],
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match=word):
         load(checkpoint, **options)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_tied_as_the_config_says(tied: bool, tmp_path: Path) -> None:
+    synth.write(TINY | {"tie_word_embeddings": tied}, tmp_path, group_size=32)
+    model = load(tmp_path)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    model.tie_weights()
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from twinweight import formats
 from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
+from twinweight.engines.head import flatten_head
 from twinweight.engines.names import match_names
 from twinweight.errors import CheckpointError, ConfigError, UnsupportedError
 from twinweight.formats import fusion
@@ -303,6 +304,7 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, devic
         else:
             module._buffers[leaf] = data
     model.tie_weights()
+    flatten_head(model)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

@@ -24,7 +24,7 @@ def traits_of(device: torch.device) -> DeviceTraits:
         "nvidia",
         p.warp_size,
         p.multi_processor_count,
-        p.shared_memory_per_block_optin,
+        getattr(p, "shared_memory_per_block_optin", 101376),  # missing from torch's stubs
         rounds_bf16=True,
         tensor_memory=p.major == 10,
     )
