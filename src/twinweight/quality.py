@@ -47,6 +47,18 @@ def perplexity(model: PreTrainedModel, ids: Tensor, context: int = _CONTEXT) -> 
     return math.exp(total / count)
 
 
+def margin(model: PreTrainedModel, ids: Tensor, start: int) -> float:
+    """How far the text ids [tokens] is from another greedy choice: the least lead, in logits, of ids[start:] over the runner-up.
+
+    Negative where a token is not the most likely one. A small lead is a near-tie, which rounding alone can turn.
+    """
+    with torch.inference_mode():
+        logits = model(input_ids=ids[:-1].unsqueeze(0).to(model.device)).logits[0, start - 1 :].float()
+    taken = ids[start:].to(model.device).unsqueeze(1)
+    others = logits.scatter(1, taken, -torch.inf).amax(1)
+    return float((logits.gather(1, taken).squeeze(1) - others).min())
+
+
 def greedy(model: PreTrainedModel, ids: Tensor, tokens: int) -> list[int]:
     """The `tokens` most likely tokens after ids [tokens], one after the other."""
     with torch.inference_mode():

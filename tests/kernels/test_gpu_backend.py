@@ -1,0 +1,37 @@
+"""The GPU backend's own part: layouts and column order. Its kernels have their tests beside this file."""
+
+import pytest
+import torch
+
+from tests.helpers import assert_close, random_weight
+from twinweight.kernels import gpu
+from twinweight.kernels.reference import linear as reference
+from twinweight.paths import Path
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without a GPU: Triton's interpreter
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_every_path_computes_the_same_weight(symmetric: bool, act_order: bool) -> None:
+    weight = random_weight(48, 96, 32, torch.float16, symmetric, act_order).to(DEVICE)
+    kernel = gpu.prepare(weight)
+    twin = gpu.empty_twin(48, 96, torch.float16, DEVICE)
+    gpu.expand(kernel, twin)
+    assert torch.equal(twin, weight.dequantize())
+    eye = torch.eye(96, dtype=torch.float16, device=DEVICE)
+    x, bias = torch.randn(5, 96, device=DEVICE).half(), torch.randn(48, device=DEVICE).half()
+    for path in (gpu.int4_linear, gpu.fused_linear):
+        assert torch.equal(path(eye, kernel, None).T, twin)
+        assert_close(path(x, kernel, bias), reference(x, weight, bias), max_err=1e-2)
+    back = gpu.unprepare(kernel, symmetric=symmetric, group_size=32)
+    for name in ("packed", "scales", "zeros", "g_idx"):
+        a, b = getattr(weight, name), getattr(back, name)
+        assert (a is None and b is None) or torch.equal(a, b), name
+    assert gpu.weight_bytes(48, 96, 32, act_order, symmetric) == kernel.nbytes
+    assert gpu.twin_bytes(48, 96, torch.float16, DEVICE) == twin.untyped_storage().nbytes()
+
+
+def test_int4_and_fused_are_two_paths() -> None:
+    assert gpu.paths_without_twin() == (Path.INT4, Path.FUSED)
+    assert gpu.twin_dtypes(torch.bfloat16) == (torch.bfloat16,)
