@@ -4,7 +4,7 @@
 
 Writes OUT/dense: the bf16 model and its byte-level BPE tokenizer; OUT/heldout.txt: text of files the training never saw;
 OUT/train.json: the log. `models/quantize.py` then makes the W4A16 checkpoint. Files are split by a hash of their
-path, one in twenty held out; the test suite of the standard library and vendored packages are left out of both parts.
+path, one in twenty held out; vendored packages are left out of both parts.
 """
 
 import argparse
@@ -28,18 +28,18 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def read_corpus() -> tuple[list[str], list[str]]:
-    """Texts of the standard library's modules: (training, held out)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "idle_test", "site-packages", "lib2to3", "pydoc_data", "_vendor", "__pycache__"}
+def read_corpus(root: Path) -> tuple[list[str], list[str]]:
+    """Texts of the standard library's modules, its test suite among them: (training, held out), each in order of the hash."""
+    skip = {"site-packages", "lib2to3", "pydoc_data", "_vendor", "__pycache__"}
     train, held = [], []
-    for path in sorted(root.rglob("*.py")):
+    digests = {}
+    for path in root.rglob("*.py"):
         name = path.relative_to(root)
-        if skip & set(name.parts):
-            continue
+        if not skip & set(name.parts):
+            digests[path] = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16)
+    for path, digest in sorted(digests.items(), key=lambda item: item[1]):
         text = path.read_text(encoding="utf-8", errors="ignore")
-        part = held if int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % 20 == 0 else train
-        part.append(text)
+        (held if digest % 20 == 0 else train).append(text)
     return train, held
 
 
@@ -76,15 +76,15 @@ def main() -> None:
     p.add_argument("--vocab", type=int, default=4096)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--start", type=Path, help="an earlier OUT, to go on from its weights and tokenizer with a new schedule")
+    p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")))
+    p.add_argument("--python", default=platform.python_version(), help="version of the corpus, for the log")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
 
-    train, held = read_corpus()
-    earlier = json.loads((a.start / "train.json").read_text()) if a.start else None
-    tok = PreTrainedTokenizerFast.from_pretrained(a.start / "dense") if a.start else train_tokenizer(train, a.vocab)
+    train, held = read_corpus(a.corpus)
+    tok = train_tokenizer(train, a.vocab)
     eos = tok.eos_token_id
 
     def encode(texts: list[str]) -> torch.Tensor:
@@ -96,10 +96,7 @@ def main() -> None:
         num_attention_heads=a.hidden // 64, num_key_value_heads=2, head_dim=64, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=eos, eos_token_id=eos, pad_token_id=eos, initializer_range=0.02,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    if a.start:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(a.start / "dense", dtype=torch.float32).state_dict())
-    model.to(a.device)
+    model = LlamaForCausalLM(config).to(a.device)
     params = sum(p.numel() for p in model.parameters())
     print(
         f"{len(train)} files, {len(data)} tokens; held out {len(held)} files, {len(held_ids)}; {params} parameters", flush=True
@@ -135,14 +132,14 @@ def main() -> None:
     model.save_pretrained(a.out / "dense")
     tok.save_pretrained(a.out / "dense")
     (a.out / "heldout.txt").write_text("".join(held), encoding="utf-8")
+    device = torch.cuda.get_device_name() if a.device == "cuda" else a.device
     summary = {
         "command": f"python models/train.py OUT --minutes {a.minutes:g} --layers {a.layers} --hidden {a.hidden} "
         f"--vocab {a.vocab} --batch {a.batch} --lr {a.lr:g}",
-        "corpus": f"standard library of Python {platform.python_version()}",
-        "device": a.device, "torch": torch.__version__, "parameters": params, "train_files": len(train),
+        "corpus": f"standard library of Python {a.python}",
+        "device": device, "torch": torch.__version__, "parameters": params, "train_files": len(train),
         "train_tokens": len(data), "heldout_files": len(held), "heldout_tokens": len(held_ids),
         "heldout_ppl_bf16": round(ppl, 4), "steps": step, "tokens_seen": seen, "log": log,
-        "earlier": earlier,
     }  # fmt: skip
     (a.out / "train.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"held-out perplexity {ppl:.3f} after {step} steps, {seen} tokens")

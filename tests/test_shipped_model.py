@@ -11,7 +11,7 @@ from tests.engines.test_hf import Fixed
 from twinweight.demo import PROMPTS
 from twinweight.quality import compare
 
-MODEL = Path(__file__).parents[1] / "models" / "stdlib-5m"
+MODEL = Path(__file__).parents[1] / "models" / "stdlib-15m"
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def bench(
 
 @app.command()
 def demo(
-    model: Annotated[Path, typer.Option(help="the trained model that ships with the repository")] = Path("models/stdlib-5m"),
+    model: Annotated[Path, typer.Option(help="the trained model that ships with the repository")] = Path("models/stdlib-15m"),
     build: Annotated[Path, typer.Option(help="directory for the synthetic model and demo.json")] = Path("build"),
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
 
@@ -15,9 +15,9 @@ from twinweight.timing import Timing, interleaved
 from twinweight.weight import Int4Weight
 
 _GRID = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256), "gpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
-_CPU_ELEMENTS = 2 << 20  # on the CPU a slice of rows stands for the weight: time per row does not depend on N there
-_ROTATE_BYTES = 96 << 20  # each variant cycles through copies of its weight, so that caches do not answer for memory
-_MAX_COPIES = 6
+CPU_ELEMENTS = 2 << 20  # on the CPU a slice of rows stands for the weight: time per row does not depend on N there
+ROTATE_BYTES = 96 << 20  # each variant cycles through copies of its weight, so that caches do not answer for memory
+MAX_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -115,21 +115,37 @@ def measure(shape: Shape, *, with_twins: bool = True, repeats: int = 3) -> Measu
         return Measured((1,), {names[0]: (zero,)}, shape.n)
     n = shape.n
     if shape.device.type == "cpu":
-        n = min(n, max(64, _CPU_ELEMENTS // shape.k // 64 * 64))
-    variants = _variants(shape, n, with_twins)
-    grid = _GRID["cpu" if shape.device.type == "cpu" else "gpu"]
+        n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
+    return time_variants(_variants(shape, n, with_twins), shape.k, n, shape.dtype, shape.device, repeats=repeats)
+
+
+def time_variants(
+    variants: Mapping[str, Callable[[torch.Tensor], object]],
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    repeats: int = 3,
+    wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
+) -> Measured:
+    """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`, over the device's grid of M.
+
+    wrap: turns the calls of one sample into what is timed, such as the replay of a graph.
+    """
+    grid = _GRID["cpu" if device.type == "cpu" else "gpu"]
     times: dict[str, list[Timing]] = {name: [] for name in variants}
     for m in grid:
-        x = torch.randn(m, shape.k, dtype=torch.float32, device=shape.device).to(shape.dtype)
+        x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
         # Short calls are repeated inside one sample: a clock around a single one of them measures the clock.
         inner = max(1, 16 // m)
-        calls = {name: _repeat(call, x, inner) for name, call in variants.items()}
-        for name, timing in interleaved(calls, device=shape.device, repeats=repeats).items():
+        calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
+        for name, timing in interleaved(calls, device=device, repeats=repeats).items():
             times[name].append(Timing(timing.median / inner, timing.min / inner, timing.max / inner))
     return Measured(grid, {name: tuple(t) for name, t in times.items()}, n)
 
 
-def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int) -> Callable[[], object]:
+def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(times):
             call(x)
@@ -141,7 +157,7 @@ def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[tor
     """One callable a choice, on weights of random values."""
     backend = backend_for(shape.device)
     weight = _random_weight(shape, n)
-    copies = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(1, weight.nbytes)))
+    copies = max(1, min(MAX_COPIES, ROTATE_BYTES // max(1, weight.nbytes)))
     kernels = [backend.prepare(weight) for _ in range(copies)]
 
     def rotating(count: int, call: Callable[[int, torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
@@ -158,7 +174,7 @@ def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[tor
         linear = backend.int4_linear if name == "int4" else backend.fused_linear
         variants[name] = rotating(len(kernels), lambda i, x, linear=linear: linear(x, kernels[i], None))  # type: ignore[misc]
     for dtype in backend.twin_dtypes(shape.dtype) if with_twins else ():
-        count = max(1, min(_MAX_COPIES, _ROTATE_BYTES // max(1, n * shape.k * dtype.itemsize)))
+        count = max(1, min(MAX_COPIES, ROTATE_BYTES // max(1, n * shape.k * dtype.itemsize)))
         twins = [backend.empty_twin(n, shape.k, dtype, shape.device) for _ in range(count)]
         for twin in twins:
             backend.expand(kernels[0], twin)

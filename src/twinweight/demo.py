@@ -15,11 +15,12 @@ from twinweight.errors import ConfigError
 from twinweight.quality import compare
 
 PRESET = "qwen3-0.6b"
+# Starts of code whose continuation is no near-tie under int4 (`quality.margin`): rounding alone turns a near-tie either way.
 PROMPTS = (
-    "import os\nimport sys\n\n",
-    "class Error(Exception):\n",
+    "    with open(",
+    "class Error(Exception):\n    pass\n\nclass ",
+    "    yield ",
     "    def __init__(self",
-    "    if not isinstance(",
 )
 
 

@@ -19,6 +19,13 @@ class Memory:
     free: int
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host, where torch raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and ("alloc" in str(error) or "out of memory" in str(error).lower())
+
+
 def read_memory(device: torch.device) -> Memory:
     """Total and free bytes of a device.
 

@@ -48,6 +48,7 @@ class Budget:
     total, free: of the device, `free` when the int4 weights are in place. utilization: share of `total` that may be used at
     all.
     transient: peak of temporaries while a twin is built. kv_floor: KV cache that twins may never take.
+    reserves: what else must stay free, by name (activations, CUDA graphs).
     """
 
     total: int
@@ -55,6 +56,7 @@ class Budget:
     utilization: float = 0.9
     transient: int = 0
     kv_floor: int = 0
+    reserves: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
@@ -72,8 +74,8 @@ class Budget:
 
     @property
     def for_twins(self) -> int:
-        """What twins may use: the spendable bytes less the KV floor and the transient of building one."""
-        return max(0, self.spendable - self.kv_floor - self.transient)
+        """What twins may use: the spendable bytes less the KV floor, the reserves and the transient of building one."""
+        return max(0, self.spendable - self.kv_floor - self.transient - sum(n for _, n in self.reserves))
 
     def arithmetic(self, wanted: int) -> str:
         """The sum that decides, line by line, with the bytes that all twins would need."""
@@ -81,6 +83,7 @@ class Budget:
             ("free memory", self.free),
             (f"kept free: total {self.total / GIB:.2f} GiB x (1 - utilization {self.utilization:g})", -self.untouchable),
             ("KV floor", -self.kv_floor),
+            *((f"reserve for {name}", -nbytes) for name, nbytes in self.reserves),
             ("peak of building a twin", -self.transient),
             ("left for twins", self.for_twins),
             ("all twins need", wanted),
@@ -94,6 +97,7 @@ class Budget:
             (self.untouchable, "raise utilization"),
             (self.kv_floor, "lower the KV floor"),
             (wanted, "use mode soft or off"),
+            *((nbytes, f"lower the reserve for {name}") for name, nbytes in self.reserves),
         ]
         options.append((max(0, self.total - self.free - self.untouchable), "free memory that other processes or models hold"))
         ranked = sorted(options, reverse=True)[:3]

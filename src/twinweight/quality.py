@@ -48,7 +48,7 @@ def perplexity(model: PreTrainedModel, ids: Tensor, context: int = _CONTEXT) -> 
 
 
 def margin(model: PreTrainedModel, ids: Tensor, start: int) -> float:
-    """How far the text ids [tokens] is from another greedy choice: the least lead, in logits, of ids[start:] over the runner-up.
+    """How far a text ids [tokens] is from another greedy choice: the least lead, in logits, of ids[start:] over the next best.
 
     Negative where a token is not the most likely one. A small lead is a near-tie, which rounding alone can turn.
     """
@@ -80,11 +80,12 @@ def compare(
     prompts: Sequence[str],
     *,
     ppl_tokens: int = 8192,
-    tokens: int = 48,
+    tokens: int = 32,
 ) -> dict[str, Any]:
     """Perplexity on `text` and greedy continuations of `prompts`, per arm.
 
-    Returns {"ppl_int4", "ppl_twin", "ppl_mixed", "greedy_equal": whether all arms wrote the same, "ppl_tokens", "text":
+    Returns {"ppl_int4", "ppl_twin", "ppl_mixed", "margin": the least `margin` of int4's
+    texts, "greedy_equal": whether all arms wrote the same, "ppl_tokens", "text":
     {prompt: int4's continuation}, "different": prompts where an arm differs}.
     """
     ids = torch.tensor(tokenizer(text)["input_ids"][: ppl_tokens + 1])
@@ -95,6 +96,9 @@ def compare(
         with arm(model, name):
             result[f"ppl_{name}"] = round(perplexity(model, ids), 5)
             written[name] = {p: greedy(model, start, tokens) for p, start in starts.items()}
+            if name == "int4":
+                texts = {p: torch.cat((start, torch.tensor(written[name][p]))) for p, start in starts.items()}
+                result["margin"] = min(margin(model, t, len(starts[p])) for p, t in texts.items())
     different = [p for p in prompts if any(written[name][p] != written["int4"][p] for name in ARMS)]
     result |= {
         "greedy_equal": not different, "different": different, "ppl_tokens": len(ids) - 1,

@@ -57,7 +57,7 @@ def quality_table(result: dict[str, Any]) -> Group:
     prompt, text = next(iter(result["text"].items()))
     return Group(
         table,
-        Text(f"greedy text of {len(result['text'])} prompts: {verdict}; the first one:"),
+        Text(f"greedy text of {len(result['text'])} prompts: {verdict}; least lead {result['margin']:.2f}; one:"),
         Text(prompt + text, style="dim"),
     )
 

@@ -14,6 +14,7 @@ from twinweight.crossover import Crossovers, Shape, twin_choice, without_twin
 from twinweight.errors import ConfigError
 from twinweight.kernels import backend_for
 from twinweight.linear import Int4Linear
+from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, Budget, Mode, Plan, TwinCandidate, TwinOption, plan
 
@@ -111,8 +112,8 @@ def build_twins(model: nn.Module, progress: Callable[[str], None] | None = None)
     for name, option in state.plan.twins.items():
         try:
             linears[name].build_twin(getattr(torch, option.dtype))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "alloc" not in str(error) and "out of memory" not in str(error).lower():
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             linears[name].drop_twin()
             log.warning(

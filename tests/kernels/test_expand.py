@@ -54,7 +54,7 @@ def _call(w: Int4Weight, **change: object) -> None:
     [
         ({"out": torch.empty(40, 128)}, "out"),
         ({"out": torch.empty(41, 128, dtype=torch.bfloat16)}, "out"),
-        ({"out": torch.empty(128, dtype=torch.bfloat16).expand(40, 128)}, "row stride"),
+        ({"out": torch.empty(128, dtype=torch.bfloat16, device=DEVICE).expand(40, 128)}, "row stride"),
         ({"perm": torch.arange(127)}, "perm"),
         ({"rows": (3, 41)}, "rows"),
     ],

@@ -67,8 +67,8 @@ def test_against_float64(case: Case, path: str, tiles: Tiles) -> None:
 def test_identity_gives_the_weight(
     k: int, group_size: int, symmetric: bool, dtype: torch.dtype, path: str, tiles: Tiles
 ) -> None:
-    w = random_weight(20, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
-    columns = slice(None) if DEVICE.type == "cuda" else slice(None, None, 9)  # the interpreter is slow; 9 meets every nibble
+    w = random_weight(16, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
+    columns = slice(None) if DEVICE.type == "cuda" else slice(None, None, 17)  # the interpreter is slow; 17 meets every nibble
     result = run(path, torch.eye(k, dtype=dtype, device=DEVICE)[columns], w, None, tiles)
     assert torch.equal(result.T, w.dequantize(dtype)[:, columns])
 
