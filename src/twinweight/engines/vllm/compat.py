@@ -1,0 +1,325 @@
+"""The one file that reaches into vLLM beyond its public surface. Read in 0.26, 0.28, 0.30 and 0.32; run in 0.32.
+
+vLLM is imported inside functions: the plugin is loaded in processes that never need it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from twinweight.memory import read_memory
+from twinweight.plan import Budget
+
+log = logging.getLogger("vllm.twinweight")  # below vLLM's logger, whose handlers and level it shares
+
+OLDEST, NEWEST = (0, 26), (0, 32)
+POOL = "twinweight"
+"""The tag of the twins' memory where vLLM can put a server to sleep."""
+
+WEIGHT_ONLY = (
+    "CompressedTensorsWNA16",
+    "AutoGPTQLinearMethod",
+    "AutoAWQMarlinLinearMethod",
+    "INCLinearMethod",
+    "QuarkW4A16Int4",
+)
+"""Schemes and methods that quantize nothing but the weight. Others (wNa8, wNa4, w4a8) hand the same kernel configuration to
+`choose_mp_linear_kernel`, and only the class tells."""
+
+_choosing = threading.local()
+
+
+@functools.cache
+def supported() -> bool:
+    """Whether this vLLM is one of those that were read; warns once where it is not."""
+    import vllm
+
+    found = re.match(r"(\d+)\.(\d+)", str(vllm.__version__))
+    version = (int(found[1]), int(found[2])) if found else None
+    if version is not None and OLDEST <= version <= NEWEST:
+        return True
+    log.warning("Twinweight knows vLLM %d.%d to %d.%d and stays off in %s", *OLDEST, *NEWEST, vllm.__version__)
+    return False
+
+
+# --- start-up ---
+
+
+def on_init_device(action: Callable[[Any, Any], None]) -> None:
+    """Call action(worker, vllm_config) before a worker opens its device, in whatever process and under whatever executor.
+
+    Not at init_worker: a spawned worker loads its plugins inside that.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    original = WorkerWrapperBase.init_device
+    if hasattr(original, "twinweight"):
+        return
+
+    @functools.wraps(original)
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        action(self.worker, self.vllm_config)
+        return original(self, *args, **kwargs)
+
+    init_device.twinweight = True  # type: ignore[attr-defined]
+    WorkerWrapperBase.init_device = init_device
+
+
+def additional_config(vllm_config: Any) -> object:
+    """What `--additional-config` gave."""
+    return vllm_config.additional_config
+
+
+def remember_active(vllm_config: Any, mode: str) -> None:
+    """Put the mode where vLLM's hash of a configuration sees it: compiled graphs and a start-up plan of a run without twins
+    are not for one with them.
+    """
+    given = vllm_config.additional_config
+    if isinstance(given, dict):
+        given.setdefault(POOL, {}).setdefault("mode", mode)
+
+
+def allows_twins(vllm_config: Any) -> bool:
+    """Whether this server can have twins; says why not."""
+    import vllm.envs as envs
+
+    offload = vllm_config.offload_config
+    if envs.VLLM_BATCH_INVARIANT:
+        log.warning("VLLM_BATCH_INVARIANT=1: a path chosen by the number of rows cannot keep it, Twinweight stays off")
+    elif offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
+        log.warning("weights are offloaded to the CPU, so there is no room for twins: Twinweight stays off")
+    else:
+        return True
+    return False
+
+
+def wrap(worker: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a method of this one worker by around(method, *args); executors look methods up by name."""
+    method = getattr(worker, name, None)
+    if method is not None:
+        setattr(worker, name, functools.wraps(method)(functools.partial(around, method)))
+
+
+# --- the kernel list ---
+
+
+def prefer(kernel: type) -> None:
+    """Put a kernel class first in the platform's list, and let it pass `--linear-backend`'s filter. Idempotent."""
+    import vllm.model_executor.kernels.linear as registry
+    from vllm.platforms import current_platform
+
+    kernels = registry._POSSIBLE_KERNELS.get(current_platform._enum, [])
+    if kernels and kernel not in kernels:
+        for backend in registry._LINEAR_BACKEND_KERNEL_MAP.values():
+            if any(k in backend for k in kernels):
+                backend.add(kernel)
+        kernels.insert(0, kernel)
+
+
+def unprefer(kernel: type) -> None:
+    """The inverse of `prefer`: for a server without twins after one with them, in the same process."""
+    import vllm.model_executor.kernels.linear as registry
+
+    for kernels in registry._POSSIBLE_KERNELS.values():
+        if kernel in kernels:
+            kernels.remove(kernel)
+
+
+def choose_inner(config: Any) -> Any:
+    """The kernel class that vLLM would take without us, by all its own rules. Raises ValueError where there is none."""
+    from vllm.model_executor.kernels.linear import choose_mp_linear_kernel
+
+    _choosing.on = True
+    try:
+        return choose_mp_linear_kernel(config)
+    finally:
+        _choosing.on = False
+
+
+def refusal(config: Any) -> str | None:
+    """Why a layer of this kernel configuration cannot be wrapped; None where it can."""
+    import vllm.envs as envs
+
+    if getattr(_choosing, "on", False):
+        return "choosing the inner kernel"
+    out_type = getattr(config, "out_type", None) or config.act_type
+    if config.act_type not in (torch.float16, torch.bfloat16) or out_type != config.act_type:
+        return "activations are quantized"
+    if not config.weight_type.is_integer() or config.weight_type.is_signed():
+        return f"weights are {config.weight_type}"
+    if envs.VLLM_MARLIN_INPUT_DTYPE is not None:
+        return "VLLM_MARLIN_INPUT_DTYPE quantizes activations, by a check of the kernel's class"
+    return None
+
+
+def is_weight_only(layer: Any) -> bool:
+    """Whether a layer's scheme leaves activations alone."""
+    owner = getattr(layer, "scheme", None) or getattr(layer, "quant_method", None)
+    return type(owner).__name__ in WEIGHT_ONLY
+
+
+# --- memory ---
+
+
+@dataclass(frozen=True)
+class KVFloor:
+    """tokens: what is never given to twins, in nbytes. per_token: bytes of one more; 0 where the model keeps no KV cache."""
+
+    tokens: int
+    nbytes: int
+    per_token: float
+
+
+def kv_floor(worker: Any, tokens: int | None) -> KVFloor:
+    """The floor of one worker: `tokens`, but at least max_model_len, without which vLLM does not start."""
+    specs = list(worker.get_kv_cache_spec().values())
+    least = worker.vllm_config.model_config.max_model_len
+    per_token = sum(s.page_size_bytes / s.block_size for s in specs)
+    needed = sum(s.max_memory_usage_bytes(worker.vllm_config) for s in specs)
+    tokens = max(tokens or 0, least)
+    return KVFloor(tokens, max(int(needed), round(tokens * per_token)), per_token)
+
+
+def explicit_kv_bytes(worker: Any) -> int | None:
+    """KV bytes that the user fixed, past all profiling."""
+    given = worker.vllm_config.cache_config.kv_cache_memory_bytes
+    return int(given) if given else None
+
+
+def activation_bytes(worker: Any, widest: int) -> int:
+    """An estimate of the activation peak: six rows of the widest linear for each batched token, and the logits in fp32 thrice.
+
+    `Life.sized` corrects a wrong estimate: it drops twins until the KV floor holds.
+    """
+    c = worker.vllm_config
+    rows = c.scheduler_config.max_num_batched_tokens * widest * 6 * c.model_config.dtype.itemsize
+    logits = c.scheduler_config.max_num_seqs * c.model_config.get_vocab_size() * 4 * 3
+    return int(rows + logits)
+
+
+def graphs_bytes(worker: Any) -> int:
+    """An estimate of what CUDA graphs take: 16 MiB a captured size, 0 where none is captured. Corrected like activations."""
+    sizes = worker.vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    eager = worker.vllm_config.model_config.enforce_eager
+    return 0 if eager or device_of(worker).type == "cpu" else len(sizes) * (16 << 20)
+
+
+def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, int], ...]) -> Budget:
+    """What vLLM's own accounting leaves to this worker: utilization x total, less what start-up has used so far.
+
+    On a CPU every rank of a node sees the same free memory, so each counts on its share of it only.
+    """
+    utilization = worker.vllm_config.cache_config.gpu_memory_utilization
+    device = device_of(worker)
+    if device.type == "cpu":
+        total = round(worker.requested_cpu_memory / utilization)
+        used = psutil.Process(os.getpid()).memory_info().rss
+        available = read_memory(device).free // worker.vllm_config.parallel_config.world_size
+    else:
+        total = round(worker.requested_memory / utilization)
+        memory_in_use(worker)  # gives memory that torch keeps from loading and measuring back to the device
+        available = read_memory(device).free
+        used = worker.init_snapshot.free_memory - available
+    kept = round(total * (1 - utilization))
+    return Budget(total, max(0, min(total - used, available + kept)), utilization, transient, floor, reserves)
+
+
+def device_of(worker: Any) -> torch.device:
+    """The worker's device; known once it is initialised."""
+    return torch.device(worker.device)
+
+
+def memory_in_use(worker: Any) -> int:
+    """Allocated bytes as vLLM counts weights; 0 on a CPU, where it reads the resident size instead."""
+    device = device_of(worker)
+    if device.type == "cpu":
+        return 0
+    from vllm.platforms import current_platform
+
+    return int(current_platform.get_current_memory_usage(device))
+
+
+def charge(worker: Any, nbytes: int) -> None:
+    """Count bytes as weights, so that the KV cache is sized after them."""
+    if hasattr(worker.model_runner, "model_memory_usage"):
+        worker.model_runner.model_memory_usage += nbytes
+
+
+def set_available(worker: Any, nbytes: int) -> None:
+    """What the worker remembers of its KV bytes, for its log lines."""
+    if hasattr(worker, "available_kv_cache_memory_bytes"):
+        worker.available_kv_cache_memory_bytes = nbytes
+
+
+# --- sleep ---
+
+
+def pool(worker: Any) -> AbstractContextManager[object]:
+    """Memory that sleeping discards without a copy and that wakes at its old address, where sleep mode is on."""
+    if device_of(worker).type == "cpu":
+        return nullcontext()
+    context: AbstractContextManager[object] = worker._maybe_get_memory_pool_context(tag=POOL)
+    return context
+
+
+def wakes_alone() -> bool:
+    """Whether waking some tags wakes ours too (from about 0.31 on only "weights" and "kv_cache" can be left asleep)."""
+    import vllm.device_allocator as allocators
+
+    return hasattr(allocators, "DEFERRABLE_TAGS")
+
+
+def wake_pool(worker: Any) -> None:
+    """Map the twins' memory again, where `wake_up` did not."""
+    if getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        get_mem_allocator_instance().wake_up([POOL])
+
+
+# --- the group ---
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks of the tensor-parallel group, by rank. Every rank must call it equally often."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(found, value, group=group.cpu_group)
+    return found
+
+
+def rank() -> int:
+    """This process's place in its tensor-parallel group."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return int(get_tp_group().rank_in_group)
+
+
+def draft_rows(worker: Any) -> int:
+    """Rows of one sequence in a decode step: 1, and one more for each speculated token."""
+    speculative = worker.vllm_config.speculative_config
+    return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+
+
+@contextmanager
+def forward_context(worker: Any) -> Iterator[None]:
+    """What kernels may ask for while they run outside of a model's forward: the configuration in force."""
+    from vllm.config import set_current_vllm_config
+
+    with torch.inference_mode(), set_current_vllm_config(worker.vllm_config):
+        yield

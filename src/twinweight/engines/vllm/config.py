@@ -1,0 +1,85 @@
+"""Settings of the plugin, from `--additional-config '{"twinweight": {...}}'` and TWINWEIGHT_* variables. Needs no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from twinweight.errors import ConfigError
+from twinweight.plan import Mode, check_mode
+
+KEY = "twinweight"
+"""The key in vLLM's additional_config."""
+
+_PREFIX = "TWINWEIGHT_"
+_SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"  # 1 means mode soft: the switch this project started from
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a server was asked for.
+
+    mode: "off", "soft" (as many twins as fit) or "hard" (all, or start-up stops).
+    kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len.
+    activation_reserve_mib, graphs_reserve_mib: memory kept for the activation peak and for CUDA graphs; None is an estimate.
+    crossover: rows from which a twin serves, instead of the measured number.
+    """
+
+    mode: Mode = "off"
+    kv_floor: int | None = None
+    activation_reserve_mib: int | None = None
+    graphs_reserve_mib: int | None = None
+    crossover: int | None = None
+
+
+_LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}
+FIELDS = tuple(f.name for f in fields(Config))
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that TWINWEIGHT_<FIELD> variables set. Raises ConfigError naming the variable and its value."""
+    found: dict[str, Any] = {}
+    if environ.get(_SEED_SWITCH) == "1":
+        found["mode"] = "soft"
+    for name in FIELDS:
+        variable = _PREFIX + name.upper()
+        if value := environ.get(variable):
+            number = name != "mode" and value.strip().isdigit()
+            found[name] = _checked(name, int(value) if number else value, variable)
+    return found
+
+
+def resolve(additional: object, environ: Mapping[str, str]) -> Config:
+    """The settings of a server: variables, and over them `additional_config["twinweight"]`.
+
+    Raises ConfigError for an unknown field or variable, or a value that cannot be used.
+    """
+    given = additional.get(KEY, {}) if isinstance(additional, Mapping) else {}
+    where = f"additional_config[{KEY!r}]"
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{where} is {given!r}, expected an object such as {{'mode': 'soft'}}")
+    if unknown := sorted(set(given) - set(FIELDS)):
+        raise ConfigError(f"{where}: unknown field {', '.join(map(repr, unknown))}; known: {', '.join(FIELDS)}")
+    checked = {name: _checked(name, value, f"{where}[{name!r}]") for name, value in given.items()}
+    config = Config(**{**from_environment(environ), **checked})
+    variables = {_PREFIX + name.upper() for name in FIELDS}
+    unknown = sorted(v for v in environ if v.startswith(_PREFIX) and v not in variables)
+    if unknown and config.mode != "off":
+        raise ConfigError(f"unknown variable {', '.join(unknown)}; known: {', '.join(sorted(variables))}")
+    return config
+
+
+def _checked(name: str, value: object, where: str) -> object:
+    if name == "mode":
+        if not isinstance(value, str):
+            raise ConfigError(f"{where} is {value!r}, expected off, soft or hard")
+        try:
+            return check_mode(value)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
+        raise ConfigError(f"{where} is {value!r}, expected a whole number of at least {_LEAST[name]}")
+    return value

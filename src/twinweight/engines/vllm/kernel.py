@@ -1,0 +1,96 @@
+"""`TwinLinearKernel`: stands first in vLLM's list, keeps the kernel vLLM would have chosen for `int4`, and may hold a twin."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.kernels.linear import MPLinearKernel
+
+from twinweight.engines.vllm import build, compat, op
+from twinweight.paths import Path, Route
+
+ONLY_INT4 = Route.always(Path.INT4).flat()
+
+
+class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
+    """One linear layer of a model: [K, N] of a partition, by vLLM's naming.
+
+    State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
+    must stay. twin_bias is the bias as the inner kernel sees it (Marlin permutes the layer's).
+    """
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Any device: the inner kernel has its own limit."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        """Whatever some kernel of vLLM can, as long as activations stay in 16 bits."""
+        reason = compat.refusal(c)
+        if reason is None:
+            try:
+                compat.choose_inner(c)
+            except ValueError as error:
+                reason = f"no inner kernel: {error}"
+        return reason is None, reason
+
+    def __init__(self, c: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(c, *args, **kwargs)  # names of the parameters, which other parts of vLLM may ask for
+        self.inner = compat.choose_inner(c)(c, *args, **kwargs)
+        self.k, self.n = c.partition_weight_shape
+        self.dtype: torch.dtype = c.act_type
+        self.twin: Tensor | None = None
+        self.twin_bias: Tensor | None = None
+        self.fresh = False
+        self.route: list[int] = ONLY_INT4
+        self.handle = op.handle_for(self)
+        self._layer: weakref.ref[nn.Module] | None = None
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Repack by the inner kernel. In a layerwise reload the layer holds new tensors now: the twin follows, in place."""
+        self.inner.process_weights_after_loading(layer)
+        self._layer = weakref.ref(layer)
+        if self.twin is not None:
+            build.fill(self)
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N]; traced, so nothing is decided here."""
+        return torch.ops.twinweight.vllm_linear(x, self.handle, bias, self.n)  # type: ignore[no-any-return]
+
+    def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """By the inner kernel on the layer's current tensors."""
+        y: Tensor = self.inner.apply_weights(self.layer, x, bias)
+        return y
+
+    @property
+    def layer(self) -> Any:
+        """The layer this kernel computes. Raises RuntimeError before its weights were processed."""
+        layer = self._layer() if self._layer is not None else None
+        if layer is None:
+            raise RuntimeError("the kernel has no layer: its weights were not processed")
+        return layer
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether weights were processed for a layer that still lives."""
+        return self._layer is not None and self._layer() is not None
+
+    def drop(self) -> None:
+        """Free the twin; the layer goes on with int4."""
+        self.route = ONLY_INT4
+        self.twin = self.twin_bias = None
+        self.fresh = False
+
+
+def kernels_of(model: nn.Module) -> dict[str, TwinLinearKernel]:
+    """The wrapped layers of a model that quantize only weights, by module name, in module order.
+
+    Found through their kernels: every quantization method of vLLM keeps its kernel under another name.
+    """
+    by_layer = {id(k.layer): k for k in op.kernels() if isinstance(k, TwinLinearKernel) and k.is_ready}
+    modules = ((name, m, by_layer.get(id(m))) for name, m in model.named_modules())
+    return {name: k for name, m, k in modules if k is not None and compat.is_weight_only(m)}

@@ -1,0 +1,277 @@
+"""`Life`: the twins of one worker, from loading its model to reloading, sleeping and waking it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from twinweight import paths
+from twinweight.crossover import Measured, twin_choice
+from twinweight.engines.vllm import build, compat, measure
+from twinweight.engines.vllm.config import Config
+from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
+from twinweight.engines.vllm.measure import Kind, kind_of
+from twinweight.errors import BudgetError
+from twinweight.kernels import backend_for
+from twinweight.memory import is_out_of_memory
+from twinweight.paths import Path, Route
+from twinweight.plan import GIB, Plan, TwinCandidate, TwinOption, plan
+
+log = logging.getLogger("vllm.twinweight")
+
+
+class Life:
+    """Follows one worker object. `built` holds the names of layers with a twin, the most valuable bytes first."""
+
+    def __init__(self, worker: Any, config: Config) -> None:
+        self.worker = worker
+        self.config = config
+        self.kernels: dict[str, TwinLinearKernel] = {}
+        self.built: list[str] = []
+        self.asleep = False
+
+    def follow(self) -> None:
+        """Install the kernel class and wrap the worker's methods that load, size, reload, put to sleep and wake."""
+        compat.prefer(TwinLinearKernel)
+        for name, around in {
+            "load_model": self._load,
+            "determine_available_memory": self._size,
+            "reload_weights": self._reload,
+            "finish_weight_update": self._reload,
+            "sleep": self._sleep,
+            "wake_up": self._wake,
+        }.items():
+            compat.wrap(self.worker, name, around)
+        self.worker.twinweight_refresh = self.refresh
+        self.worker.twinweight_report = self.report
+
+    # --- loading ---
+
+    def _load(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """All weights are in place, and the KV cache is not yet sized: here twins are decided and built."""
+        result = method(*args, **kwargs)
+        self.kernels, self.built = kernels_of(self.worker.model_runner.get_model()), []
+        started = time.perf_counter()
+        with compat.forward_context(self.worker):
+            self.measured = self._measure()
+            measured = time.perf_counter()
+            self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
+            self.plan = self._plan()
+            self._build()
+        self.seconds = (measured - started, time.perf_counter() - measured)
+        return result
+
+    def _measure(self) -> Mapping[Kind, Measured]:
+        """Times by kind. Rank 0's, for all: ranks that differ by noise would take different paths."""
+        found: Mapping[Kind, Measured] | None = {}
+        if self.config.crossover is None and compat.rank() == 0:
+            layers: dict[Kind, list[TwinLinearKernel]] = {}
+            for kernel in self.kernels.values():
+                layers.setdefault(kind_of(kernel), []).append(kernel)
+            try:
+                found = {kind: measure.measure(of_kind) for kind, of_kind in layers.items()}
+            except (RuntimeError, MemoryError):
+                log.exception("Twinweight could not time the kernels")
+                found = None
+        found = compat.gather(found)[0]
+        if found is None and self.config.mode == "hard":
+            raise BudgetError("mode hard: the kernels could not be timed, see the log", missing=0)
+        return found or {}
+
+    def _plan(self) -> Plan:
+        """The same on every rank: times are rank 0's and the budget is the least of all."""
+        candidates = [TwinCandidate(name, self._options(kernel)) for name, kernel in self.kernels.items()]
+        transient = max((build.transient_bytes(k.n, k.k) for k in self.kernels.values()), default=0)
+        widest = max((max(k.n, k.k) for k in self.kernels.values()), default=0)
+        reserves = (
+            ("activations", _mib(self.config.activation_reserve_mib, lambda: compat.activation_bytes(self.worker, widest))),
+            ("CUDA graphs", _mib(self.config.graphs_reserve_mib, lambda: compat.graphs_bytes(self.worker))),
+        )
+        fixed = compat.explicit_kv_bytes(self.worker)
+        own = compat.budget(self.worker, self.floor.nbytes if fixed is None else fixed, transient, reserves)
+        budget = min(compat.gather(own), key=lambda b: b.for_twins)
+        return plan(candidates, budget, self.config.mode)
+
+    def _options(self, kernel: TwinLinearKernel) -> tuple[TwinOption, ...]:
+        device = compat.device_of(self.worker)
+        backend = backend_for(device)
+        options = []
+        for dtype in backend.twin_dtypes(kernel.dtype):
+            route = self._route(kernel, dtype)
+            if route.start_of(Path.TWIN) is not None:
+                nbytes = backend.twin_bytes(kernel.n, kernel.k, dtype, device)
+                options.append(TwinOption(str(dtype).removeprefix("torch."), nbytes, self._saved_us(kernel, dtype)))
+        return tuple(options)
+
+    def _saved_us(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> float:
+        measured = self.measured.get(kind_of(kernel))
+        if measured is None:
+            return float(kernel.n * kernel.k) / 1e6  # a crossover was given, so nothing was timed: each byte is worth the same
+        return measured.saved(twin_choice(dtype), [measure.INT4]) * 1e6
+
+    def _route(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> Route:
+        """A decode step of one sequence stays on int4, its speculated tokens included."""
+        least = compat.draft_rows(self.worker)
+        least = least + 1 if least > 1 else 0
+        measured = self.measured.get(kind_of(kernel))
+        if measured is not None:
+            return measure.route(measured, dtype, least)
+        if self.config.crossover is None:
+            return Route.always(Path.INT4)
+        return measure.twin_from(max(self.config.crossover, least))
+
+    def _build(self) -> None:
+        """Build what is planned, the most valuable bytes first; the group keeps what every rank could build."""
+        before = compat.memory_in_use(self.worker)
+        ranked = sorted(self.plan.twins.items(), key=lambda p: -p[1].saved_us / p[1].nbytes)
+        for name, option in ranked:
+            try:
+                self._build_one(self.kernels[name], getattr(torch, option.dtype))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.kernels[name].drop()
+                log.warning("Twinweight: out of memory while building the twin of %s, the rest stays int4", name)
+                break
+            self.built.append(name)
+        self._keep(min(compat.gather(len(self.built))))
+        if self.config.mode == "hard" and len(self.built) < len(ranked):
+            raise BudgetError("mode hard: out of memory while building twins", missing=0)
+        compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
+
+    def _build_one(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> None:
+        with compat.pool(self.worker):
+            build.allocate(kernel, dtype)
+        build.fill(kernel)
+        kernel.route = self._route(kernel, dtype).flat()
+
+    def _keep(self, count: int) -> None:
+        for name in self.built[count:]:
+            self.kernels[name].drop()
+        del self.built[count:]
+
+    # --- sizing the KV cache ---
+
+    def _size(self, method: Callable[..., int], *args: Any, **kwargs: Any) -> int:
+        """The plan's reserves were estimates; now the peak is known. Where the KV floor does not hold, twins go until it does.
+
+        No graph of the server is captured yet, so nothing holds the address of a twin.
+        """
+        available = method(*args, **kwargs)
+        fixed = compat.explicit_kv_bytes(self.worker) is not None
+        if not fixed:
+            available += self._make_room(max(compat.gather(self.floor.nbytes - available)))
+            compat.set_available(self.worker, available)
+        if compat.rank() == 0:
+            self._say(available, fixed)
+        return available
+
+    def _make_room(self, short: int) -> int:
+        """Drop twins, the least valuable first, until `short` bytes are free. Returns the bytes freed, equal on all ranks."""
+        count, freed = len(self.built), 0
+        while count and freed < short:
+            count -= 1
+            freed += self.plan.twins[self.built[count]].nbytes
+        if not freed:
+            return 0
+        if self.config.mode == "hard":
+            raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
+        dropped = len(self.built) - count
+        self._keep(count)
+        compat.memory_in_use(self.worker)  # gives cached memory back to the device
+        compat.charge(self.worker, -freed)
+        log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", dropped, freed / GIB,
+                    self.floor.tokens)  # fmt: skip
+        return freed
+
+    def _say(self, available: int, fixed: bool) -> None:
+        """The one line of a start-up."""
+        planned = {**self.plan.twins, **self.plan.missed}
+        held = sum(planned[name].nbytes for name in self.built)
+        wanted = sum(o.nbytes for o in planned.values())
+        tokens = ""
+        if self.floor.per_token:
+            with_, without = available / self.floor.per_token, (available + (0 if fixed else held)) / self.floor.per_token
+            tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {self.floor.tokens}"
+        lines = {str(kind_of(k)): Route.always(Path.INT4) for k in self.kernels.values()}
+        for name in self.built:
+            kernel = self.kernels[name]
+            flat = kernel.route
+            route = Route(tuple(flat[::2]), tuple(Path(p) for p in flat[1::2]))
+            lines[str(kind_of(kernel))] = route
+        routes = "; ".join(f"{kind}: {route}" for kind, route in lines.items()) or "no W4A16 layer"
+        log.info(
+            "Twinweight %s: %d twins built, %d missed, %.3f of %.3f GiB a rank%s; measured in %.1f s, built in %.1f s; %s",
+            self.config.mode, len(self.built), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
+            *self.seconds, routes,
+        )  # fmt: skip
+        if self.plan.missed:
+            budget = self.plan.budget
+            log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
+
+    # --- new weights ---
+
+    def refresh(self) -> int:
+        """Refill every twin in place: after parameters were written past vLLM (`collective_rpc("twinweight_refresh")`)."""
+        for name in self.built:
+            self.kernels[name].fresh = False
+        return self._refill()
+
+    def _refill(self) -> int:
+        stale = [self.kernels[name] for name in self.built if not self.kernels[name].fresh]
+        with compat.forward_context(self.worker):
+            for kernel in stale:
+                build.fill(kernel)
+        return len(stale)
+
+    def _reload(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layerwise reload fills twins as layers are processed; any other only copies into parameters."""
+        for name in self.built:
+            self.kernels[name].fresh = False
+        result = method(*args, **kwargs)
+        if not self.asleep:
+            self._refill()
+        return result
+
+    def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Twins have a memory tag of their own, which no level copies to the host."""
+        result = method(*args, **kwargs)
+        self.asleep = compat.device_of(self.worker).type != "cpu"
+        return result
+
+    def _wake(self, method: Callable[..., Any], tags: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Refill once the weights are back; a twin is not touched while its memory is unmapped."""
+        result = method(tags, *args, **kwargs)
+        if self.asleep and (tags is None or "weights" in tags):
+            if tags is not None and not compat.wakes_alone():
+                compat.wake_pool(self.worker)
+            self.asleep = False
+            self.refresh()
+        return result
+
+    # --- for tests and support ---
+
+    def report(self, check: bool = False) -> str:
+        """JSON: twins by name (dtype, address, with `check` whether it is exact), calls by path, inner kernels."""
+        with compat.forward_context(self.worker):
+            twins = {
+                name: {
+                    "dtype": self.plan.twins[name].dtype,
+                    "address": t.data_ptr(),
+                    "exact": build.is_exact(self.kernels[name]) if check else None,
+                }
+                for name in self.built
+                if (t := self.kernels[name].twin) is not None
+            }
+        calls = {f"{path.name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
+        inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
+        return json.dumps({"twins": twins, "calls": calls, "inner": inner, "kv_floor": self.floor.tokens})
+
+
+def _mib(given: int | None, estimate: Callable[[], int]) -> int:
+    return estimate() if given is None else given << 20

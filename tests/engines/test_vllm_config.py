@@ -1,0 +1,69 @@
+"""The plugin's settings, without vLLM."""
+
+from __future__ import annotations
+
+import pytest
+
+from twinweight.engines.vllm.config import Config, from_environment, resolve
+from twinweight.errors import ConfigError
+
+
+def test_nothing_given_is_off() -> None:
+    assert resolve({}, {}) == resolve(None, {}) == Config(mode="off")
+
+
+def test_additional_config_wins_over_variables() -> None:
+    environ = {"TWINWEIGHT_MODE": "hard", "TWINWEIGHT_KV_FLOOR": "4096", "TWINWEIGHT_CROSSOVER": "64"}
+    assert resolve({"twinweight": {"mode": "soft", "kv_floor": 32768}}, environ) == Config("soft", kv_floor=32768, crossover=64)
+
+
+def test_a_field_may_be_null() -> None:
+    assert resolve({"twinweight": {"mode": "soft", "kv_floor": None}}, {}) == Config("soft")
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode"),
+    [
+        ({"VLLM_W4A16_PREFILL_BF16": "1"}, "soft"),
+        ({"VLLM_W4A16_PREFILL_BF16": "0"}, "off"),
+        ({"VLLM_W4A16_PREFILL_BF16": "1", "TWINWEIGHT_MODE": "off"}, "off"),
+        ({"TWINWEIGHT_MODE": ""}, "off"),
+    ],
+)
+def test_switches(environ: dict[str, str], mode: str) -> None:
+    assert resolve({}, environ).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "sotf"}, r"additional_config\['twinweight'\]\['mode'\].*'sotf'.*off, soft, hard"),
+        ({"mode": 1}, "is 1, expected off, soft or hard"),
+        ({"mode": "soft", "kvfloor": 1}, "unknown field 'kvfloor'; known: mode, kv_floor"),
+        ({"kv_floor": -1}, r"\['kv_floor'\] is -1, expected a whole number of at least 0"),
+        ({"kv_floor": 1.5}, "is 1.5, expected a whole number"),
+        ({"crossover": 0}, "is 0, expected a whole number of at least 1"),
+        ({"crossover": True}, "is True, expected a whole number"),
+        ({"graphs_reserve_mib": "64"}, "is '64', expected a whole number"),
+        ("soft", "is 'soft', expected an object"),
+    ],
+)
+def test_bad_values_say_where_and_what(given: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve({"twinweight": given}, {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("TWINWEIGHT_MODE", "on"), ("TWINWEIGHT_KV_FLOOR", "many"), ("TWINWEIGHT_CROSSOVER", "-3")],
+)
+def test_bad_variables_are_named(variable: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{variable}.*{value}"):
+        from_environment({variable: value})
+
+
+def test_an_unknown_variable_matters_only_where_twins_are_on() -> None:
+    environ = {"TWINWEIGHT_KVFLOOR": "1"}
+    assert resolve({}, environ).mode == "off"
+    with pytest.raises(ConfigError, match=r"unknown variable TWINWEIGHT_KVFLOOR; known: .*TWINWEIGHT_KV_FLOOR"):
+        resolve({"twinweight": {"mode": "soft"}}, environ)
