@@ -10,6 +10,8 @@ from twinweight.errors import BudgetError, ConfigError
 
 Mode = Literal["off", "soft", "hard"]
 GIB = 1 << 30
+SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"
+"""The environment variable this project started from: 1 means mode `soft`."""
 
 
 def check_mode(value: str) -> Mode:

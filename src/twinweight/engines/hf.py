@@ -29,7 +29,7 @@ from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
-from twinweight.plan import Budget, Mode, check_mode
+from twinweight.plan import SEED_SWITCH, Budget, Mode, check_mode
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("twinweight")
 
-_SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 _KV_FLOOR_TOKENS = 4096
 
 
@@ -45,7 +44,7 @@ def mode_from_environment(default: Mode = "soft") -> Mode:
     """TWINWEIGHT_MODE, else `soft` where VLLM_W4A16_PREFILL_BF16=1 (the switch this project started from), else the default."""
     if value := os.environ.get("TWINWEIGHT_MODE"):
         return check_mode(value)
-    return "soft" if os.environ.get(_SEED_SWITCH) == "1" else default
+    return "soft" if os.environ.get(SEED_SWITCH) == "1" else default
 
 
 def load(

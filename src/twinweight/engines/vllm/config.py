@@ -7,13 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from twinweight.errors import ConfigError
-from twinweight.plan import Mode, check_mode
+from twinweight.plan import SEED_SWITCH, Mode, check_mode
 
 KEY = "twinweight"
 """The key in vLLM's additional_config."""
 
 _PREFIX = "TWINWEIGHT_"
-_SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"  # 1 means mode soft: the switch this project started from
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ FIELDS = tuple(f.name for f in fields(Config))
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """The fields that TWINWEIGHT_<FIELD> variables set. Raises ConfigError naming the variable and its value."""
     found: dict[str, Any] = {}
-    if environ.get(_SEED_SWITCH) == "1":
+    if environ.get(SEED_SWITCH) == "1":
         found["mode"] = "soft"
     for name in FIELDS:
         variable = _PREFIX + name.upper()
