@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+os.environ["TWINWEIGHT_CACHE"] = "off"  # measurements of tests are not kept, and those of others not used
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

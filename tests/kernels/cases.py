@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.helpers import random_weight
-from twinweight.kernels.tiles import DotTiles, ExpandTiles, GemvTiles
+from twinweight.kernels.tiles import DotTiles, ExpandTiles
 from twinweight.weight import Int4Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,18 +49,18 @@ CASES = [
     Case(17, 48, 859, 859, dtype=_FP16),
     Case(17, 16, 160, 32, strided=True),
     Case(40, 100, 512, 512, dtype=_FP16, bias=True),
+    Case(9, 40, 192, 96, symmetric=False),
 ]
 
-GEMV = GemvTiles(block_n=16, block_words=16, split_k=1, num_warps=4, num_stages=1)
-DOT = DotTiles(32, 32, 16, split_k=1, group_n=8, sort_x=False, num_warps=4, num_stages=2)
+DOT = DotTiles(32, 32, 8, split_k=1, group_n=8, num_warps=4, num_stages=2)
 LINEAR_TILES = {
     "chosen": None,
-    "gemv": GEMV,
-    "gemv-split": replace(GEMV, block_words=32, split_k=4),
     "dot": DOT,
-    "dot-sorted": replace(DOT, sort_x=True, group_n=2),
-    "dot-wide": replace(DOT, block_m=16, block_words=32),
+    "dot-narrow": replace(DOT, block_m=16, group_n=2),
     "dot-split": replace(DOT, split_k=3),
-    "dot-sorted-split": replace(DOT, sort_x=True, split_k=2),
+    "dot-unrolled": replace(DOT, unroll=2),
 }
+WIDE_TILES = {"dot-wide": replace(DOT, block_words=16), "dot-wide-split": replace(DOT, block_words=32, split_k=2)}
+"""For groups that a wide step divides, and one group a row."""
+
 EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

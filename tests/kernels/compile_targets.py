@@ -3,8 +3,10 @@
 Run as a script without TRITON_INTERPRET: `python tests/kernels/compile_targets.py [--full] [TARGET ...]`. Each kernel is
 compiled with the tiles that are chosen for the target: group 128 and round shapes with two of the four pairs of dtype and
 symmetry, one of the ragged shapes with one; --full compiles all shapes with all four. One JSON object a line: target,
-kernel, shape, dtype, symmetric, matrix (instructions), vector (AMD's VALU instructions in the whole kernel), registers,
-spills (registers on AMD, bytes of stack on NVIDIA), load16 (16-byte loads), shared (bytes), seconds.
+kernel, shape, dtype, symmetric, matrix (instructions), registers, spills (registers on AMD, bytes of stack on NVIDIA), load16
+(16-byte loads), shared (bytes), seconds. On AMD also of the loop that holds the products (of the whole kernel where there is
+none): loop_vector (VALU instructions), loop_matrix, and per_weight, loop_vector over the weights a lane would hold if none were
+held twice.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinweight.kernels import decode, expand, fused, parts, tiles
+from twinweight.kernels import expand, fused, tiles
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, tensor_memory=True)),
+    "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True, tensor_memory=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), tiles.DeviceTraits("amd", 64, 304, 65536, False)),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), tiles.DeviceTraits("amd", 32, 96, 65536, False)),
     "gfx1151": (GPUTarget("hip", "gfx1151", 32), tiles.DeviceTraits("amd", 32, 40, 65536, False)),
@@ -36,7 +38,7 @@ TARGETS = {
 N = 4096
 SHAPES = {"g128": (4096, 128), "g32-ragged": (4128, 32), "channel-ragged": (4099, 4099)}
 """K and group size. Ragged: K does not fill the tiles, no stride is a multiple of 16, K is split, columns are permuted."""
-ALIGNED = {"W", "K", "stride_x", "stride_out", "stride_split", "stride_sorted"}
+ALIGNED = {"N", "K", "W", "G", "rows", "first_row", "stride_x", "stride_out"}
 """Integer arguments that a launch with round shapes specialises as multiples of 16."""
 
 Constants = dict[str, Any]
@@ -47,39 +49,42 @@ def variants(
 ) -> dict[str, tuple[Any, Constants, dict[str, int]]]:
     """kernel name -> (function, constants, compile options), as the launchers would have them."""
     (k, group_size), ragged = SHAPES[shape], shape.endswith("ragged")
-    words = 0 if group_size == k else group_size // 8
-    common: Constants = {"HAS_ZEROS": not symmetric, "GROUP_WORDS": words, "NATIVE": traits.rounds_bf16}
+    common: Constants = {
+        "GROUP": 0 if group_size == k else group_size, "HAS_ZEROS": not symmetric, "NATIVE": traits.rounds_bf16,
+        "PACKED": 2 if traits.ptx else int(dtype == "fp16"),
+    }  # fmt: skip
     common |= {"zeros_ptr": None} if symmetric else {}
-    linear = {**common, "HAS_BIAS": not ragged, "EVEN_W": not ragged} | ({"bias_ptr": None} if ragged else {})
     made: dict[str, tuple[Any, Constants, dict[str, int]]] = {}
 
     for name, m, choose in (
-        ("gemv", 1, tiles.decode_tiles),
-        ("dot", 16, tiles.decode_tiles),
+        ("int4", 1, tiles.decode_tiles),
+        ("int4-16", 16, tiles.decode_tiles),
         ("fused", 512, tiles.fused_tiles),
     ):
         t = choose(m, N, k, group_size, traits)
-        options = {"num_warps": t.num_warps, "num_stages": t.num_stages}
-        block = {"BLOCK_N": t.block_n, "BLOCK_W": t.block_words, "SPLIT_K": 2 if ragged else 1}
-        if isinstance(t, tiles.GemvTiles):
-            made[name] = (decode._gemv_kernel, {**linear, **block, "STAGES": t.num_stages}, options)
-        else:
-            dot = {"BLOCK_M": t.block_m, "GROUP_N": t.group_n, "SORTED_X": t.sort_x}
-            made[name] = (fused._dot_kernel, {**linear, **block, **dot}, options)
+        made[name] = (
+            fused._dot_kernel,
+            common | dot_constants(t, bias=not ragged, even=not ragged) | ({"SPLIT_K": 2} if ragged else {}),
+            {"num_warps": t.num_warps, "num_stages": t.num_stages},
+        )
     e = tiles.expand_tiles(N, k, group_size, traits)
-    constants = {**common, "HAS_PERM": ragged, "WHOLE_WORDS": not ragged, "BLOCK_N": e.block_n, "BLOCK_W": e.block_words}
+    constants = {**common, "HAS_PERM": ragged, "EVEN": not ragged, "BLOCK_N": e.block_n, "BLOCK_W": e.block_words}
     made["expand"] = (expand._expand_kernel, constants | ({} if ragged else {"perm_ptr": None}), {"num_warps": e.num_warps})
-    if symmetric and not ragged:  # the last two do not see the weight
-        made["sort"] = (fused._sort_kernel, {"BLOCK_M": 16, "BLOCK_W": 16}, {"num_warps": 4})
-        constants = {"HAS_BIAS": True, "SPLIT_K": 4, "BLOCK": 512, "NATIVE": traits.rounds_bf16}
-        made["sum"] = (parts._sum_kernel, constants, {"num_warps": 4})
     return made
+
+
+def dot_constants(t: tiles.DotTiles, *, bias: bool, even: bool) -> Constants:
+    """The constants of `_dot_kernel` that follow from tiles and from the shape."""
+    return {
+        "HAS_BIAS": bias, "EVEN_K": even, "EVEN_W": even, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_W": t.block_words,
+        "SPLIT_K": t.split_k, "UNROLL": t.unroll, "GROUP_N": t.group_n, **({} if bias else {"bias_ptr": None}),
+    }  # fmt: skip
 
 
 def compile_one(
     kernel: Any, constants: Constants, options: dict[str, int], dtype: str, target: GPUTarget, aligned: bool
 ) -> Any:
-    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*u8", "parts_ptr": "*fp32", "perm_ptr": "*i64"}
+    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32", "perm_ptr": "*i64"}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -95,15 +100,32 @@ def _amd(code: str) -> dict[str, int]:
         return int(found.group(1)) if found else -1
 
     matrix = len(re.findall(r"^\s+v_(?:wmma|mfma)", code, re.M))
+    loop = _loop(code.splitlines())
+    in_loop = sum(bool(re.match(r"\s+v_(?:wmma|mfma)", line)) for line in loop)
     return {
         "matrix": matrix,
         "wmma": len(re.findall(r"^\s+v_wmma", code, re.M)),
         "mfma": len(re.findall(r"^\s+v_mfma", code, re.M)),
-        "vector": len(re.findall(r"^\s+v_", code, re.M)) - matrix,
+        "loop_matrix": in_loop,
+        "loop_vector": sum(bool(re.match(r"\s+v_", line)) for line in loop) - in_loop,
         "load16": len(re.findall(r"^\s+(?:global|buffer)_load_b?(?:dwordx4|128)", code, re.M)),
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count"),
     }
+
+
+def _loop(lines: list[str]) -> list[str]:
+    """The shortest loop with the most matrix instructions; all lines where there is none."""
+    labels = {found.group(1): at for at, line in enumerate(lines) if (found := re.match(r"(\.LBB\d+_\d+):", line))}
+    best, most = lines, 0
+    for at, line in enumerate(lines):
+        jump = re.match(r"\s+s_c?branch\S*\s+(\.LBB\d+_\d+)", line)
+        if jump and labels.get(jump.group(1), at) < at:
+            body = lines[labels[jump.group(1)] : at + 1]
+            matrix = sum("v_wmma" in x or "v_mfma" in x for x in body)
+            if (matrix, -len(body)) > (most, -len(best)):
+                best, most = body, matrix
+    return best
 
 
 def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
@@ -141,6 +163,10 @@ def main(arguments: list[str]) -> None:
                     amd = compiled.asm.get("amdgcn")
                     facts = _amd(amd) if amd is not None else _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
                     row = {"target": name, "kernel": kernel, "shape": shape, "dtype": dtype, "symmetric": symmetric, **facts}
+                    if amd is not None:
+                        tile = constants["BLOCK_N"] * constants["BLOCK_W"] * 8 * constants.get("UNROLL", 1)
+                        lanes = target.warp_size * options["num_warps"]
+                        row["per_weight"] = round(facts["loop_vector"] * lanes / tile, 2)
                     row |= {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - start, 2)}
                     print(json.dumps(row), flush=True)
 

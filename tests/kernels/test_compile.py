@@ -14,7 +14,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "compile_targets.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1151", "gfx1201")
 MATRIX = {"sm_90": "wgmma", "gfx942": "mfma", "gfx1100": "wmma", "gfx1151": "wmma", "gfx1201": "wmma"}
-KERNELS = {"gemv", "dot", "fused", "expand", "sort", "sum"}
+KERNELS = {"int4", "int4-16", "fused", "expand"}
 
 Row = dict[str, Any]
 
@@ -50,19 +50,28 @@ def test_every_kernel_compiles(target: str, compiled: dict[str, list[Row]]) -> N
     assert {row["symmetric"] for row in rows} == {True, False}
     for row in rows:
         assert row.get("trap", 0) == 0, row  # how Triton compiles what does not fit Blackwell's tensor memory
-        assert row["spills"] <= (16 if target.startswith("sm") and row["shape"] != "g128" else 0), row
+        assert row["spills"] <= (32 if target.startswith("sm") else 0), row
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_use_matrix_instructions(target: str, compiled: dict[str, list[Row]]) -> None:
     for row in compiled[target]:
-        if row["kernel"] in ("fused", "dot"):
-            assert row["matrix"] > 0, row
-            assert row.get(MATRIX.get(target, "matrix"), 0) > 0, row
+        if row["kernel"] != "expand":
+            # Eight rows take the narrow product that Hopper shares with GPUs before it.
+            kind = "matrix" if (target, row["kernel"]) == ("sm_90", "int4") else MATRIX.get(target, "matrix")
+            assert row.get(kind, 0) > 0, row
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_loads_are_wide(target: str, compiled: dict[str, list[Row]]) -> None:
     for row in compiled[target]:
-        if row["shape"] == "g128" and row["kernel"] in ("fused", "dot", "gemv", "expand"):
+        if row["shape"] == "g128":
             assert row["load16"] > 0, row
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("gfx")])
+def test_unpacking_takes_few_instructions(target: str, compiled: dict[str, list[Row]]) -> None:
+    for row in compiled[target]:
+        if row["shape"] == "g128" and row["kernel"] == "fused":
+            # Two weights an instruction in fp16; bf16 goes through fp32, as these GPUs have no arithmetic for it.
+            assert row["per_weight"] <= (5 if row["dtype"] == "fp16" else 9), row

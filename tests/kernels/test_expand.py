@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from tests.kernels.cases import CASES, DEVICE, EXPAND_TILES, Case
+from twinweight.kernels import gpu
 from twinweight.kernels.expand import expand
+from twinweight.kernels.prepared import KernelWeight
 from twinweight.kernels.tiles import ExpandTiles
-from twinweight.weight import Int4Weight, pack_nibbles
 
 UNIQUE = list({(c.n, c.k, c.group_size): c for c in CASES}.values())
 
@@ -17,9 +18,9 @@ UNIQUE = list({(c.n, c.k, c.group_size): c for c in CASES}.values())
 @pytest.mark.parametrize("gap", [0, 3])
 @pytest.mark.parametrize("case", UNIQUE, ids=str)
 def test_equals_dequantize(case: Case, gap: int, tiles: ExpandTiles | None) -> None:
-    w = case.weight()
+    w, k = case.weight(), gpu.prepare(case.weight())
     buffer = torch.full((case.n, case.k + gap), float("nan"), dtype=case.dtype, device=DEVICE)
-    expand(w.packed, w.scales, w.zeros, None, buffer[:, : case.k], group_size=w.group_size, tiles=tiles)
+    expand(k.packed, k.scales, k.zeros, None, buffer[:, : case.k], group_size=w.group_size, tiles=tiles)
     assert torch.equal(buffer[:, : case.k], w.dequantize(case.dtype))
     assert bool(buffer[:, case.k :].isnan().all())
 
@@ -28,24 +29,24 @@ def test_equals_dequantize(case: Case, gap: int, tiles: ExpandTiles | None) -> N
 @pytest.mark.parametrize(("k", "group_size"), [(160, 32), (320, 64)])
 def test_act_order(k: int, group_size: int, index: torch.dtype) -> None:
     w = Case(0, 33, k, group_size, torch.float16, symmetric=False).weight(act_order=True)
-    assert w.g_idx is not None
-    perm = torch.argsort(w.g_idx, stable=True)
-    stored = pack_nibbles(w.values()[:, perm])
+    p = gpu.prepare(w)
+    assert p.perm is not None
     out = torch.empty(w.shape, dtype=torch.float16, device=DEVICE)
-    expand(stored, w.scales, w.zeros, perm.to(index), out, group_size=group_size)
+    expand(p.packed, p.scales, p.zeros, p.perm.to(index), out, group_size=group_size)
     assert torch.equal(out, w.dequantize(torch.float16))
 
 
 @pytest.mark.parametrize("rows", [(0, 0), (0, 5), (16, 40), (39, 40)])
 def test_some_rows(rows: tuple[int, int]) -> None:
     w = Case(0, 40, 128, 32, symmetric=False).weight()
+    p = gpu.prepare(w)
     out = torch.empty((rows[1] - rows[0], 128), dtype=torch.bfloat16, device=DEVICE)
-    expand(w.packed, w.scales, w.zeros, None, out, group_size=32, rows=rows)
+    expand(p.packed, p.scales, p.zeros, None, out, group_size=32, rows=rows)
     assert torch.equal(out, w.dequantize(torch.bfloat16)[slice(*rows)])
 
 
-def _call(w: Int4Weight, **change: object) -> None:
-    arguments: dict[str, object] = {"perm": None, "out": torch.empty(w.shape, dtype=torch.bfloat16, device=DEVICE), **change}
+def _call(w: KernelWeight, **change: object) -> None:
+    arguments: dict[str, object] = {"perm": None, "out": torch.empty(w.n, w.k, dtype=torch.bfloat16, device=DEVICE), **change}
     expand(w.packed, w.scales, w.zeros, group_size=32, **arguments)  # type: ignore[arg-type]
 
 
@@ -60,6 +61,6 @@ def _call(w: Int4Weight, **change: object) -> None:
     ],
 )
 def test_refuses_what_does_not_fit(change: dict[str, object], named: str) -> None:
-    w = Case(0, 40, 128, 32).weight()
+    w = gpu.prepare(Case(0, 40, 128, 32).weight())
     with pytest.raises(ValueError, match=named):
         _call(w, **{name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in change.items()})

@@ -32,6 +32,6 @@ def test_every_path_computes_the_same_weight(symmetric: bool, act_order: bool) -
     assert gpu.twin_bytes(48, 96, torch.float16, DEVICE) == twin.untyped_storage().nbytes()
 
 
-def test_int4_and_fused_are_two_paths() -> None:
-    assert gpu.paths_without_twin() == (Path.INT4, Path.FUSED)
+def test_int4_fused_and_stream_are_three_paths() -> None:
+    assert gpu.paths_without_twin() == (Path.INT4, Path.FUSED, Path.STREAM)
     assert gpu.twin_dtypes(torch.bfloat16) == (torch.bfloat16,)

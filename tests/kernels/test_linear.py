@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close, random_weight
-from tests.kernels.cases import CASES, DEVICE, LINEAR_TILES, Case
-from twinweight.kernels import reference
+from tests.kernels.cases import CASES, DEVICE, LINEAR_TILES, WIDE_TILES, Case
+from twinweight.kernels import gpu, reference
 from twinweight.kernels.decode import int4_linear
 from twinweight.kernels.fused import fused_linear
-from twinweight.kernels.tiles import DotTiles, GemvTiles
-from twinweight.weight import Int4Weight
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.kernels.tiles import DotTiles
 
-Tiles = GemvTiles | DotTiles | None
+Tiles = DotTiles | None
 CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LINEAR_TILES.items()] + [
     pytest.param("fused", None, id="fused-chosen")
 ]
@@ -22,7 +22,7 @@ CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LIN
 
 def worth_it(case: Case, tiles: Tiles) -> bool:
     """On a GPU everything; the interpreter takes 20 ms a program, so forced tiles meet only cases of few programs there."""
-    few = case.n <= 100 and case.m <= (3 if isinstance(tiles, GemvTiles) else 17)
+    few = case.n <= 100 and case.m <= 17
     return DEVICE.type == "cuda" or tiles is None or few
 
 
@@ -32,13 +32,17 @@ PAIRS = [
     for choice in CHOICES
     if worth_it(case, choice.values[1])
 ]
+PAIRS += [
+    pytest.param(case, "int4", tiles, id=f"{case}-int4-{name}")
+    for case in CASES
+    for name, tiles in WIDE_TILES.items()
+    if worth_it(case, tiles) and (case.group_size == case.k or case.group_size % (8 * tiles.block_words) == 0)
+]
 
 
-def run(path: str, x: Tensor, w: Int4Weight, bias: Tensor | None, tiles: Tiles, out: Tensor | None = None) -> Tensor:
-    if path == "int4":
-        return int4_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, out=out, tiles=tiles)
-    assert not isinstance(tiles, GemvTiles)
-    return fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, out=out, tiles=tiles)
+def run(path: str, x: Tensor, w: KernelWeight, bias: Tensor | None, tiles: Tiles, out: Tensor | None = None) -> Tensor:
+    linear = int4_linear if path == "int4" else fused_linear
+    return linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, out=out, tiles=tiles)
 
 
 def rows_apart(rows: int, columns: int, dtype: torch.dtype, gap: int) -> Tensor:
@@ -53,7 +57,7 @@ def test_against_float64(case: Case, path: str, tiles: Tiles) -> None:
     x.copy_(torch.randn(case.m, case.k))
     bias = torch.randn(case.n).to(DEVICE, case.dtype) if case.bias else None
     out = rows_apart(case.m, case.n, case.dtype, 3) if case.strided else None
-    result = run(path, x, w, bias, tiles, out)
+    result = run(path, x, gpu.prepare(w), bias, tiles, out)
     assert out is None or result is out
     if out is not None:
         assert bool(out.as_strided((case.m, 3), (out.stride(0), 1), case.n).isnan().all()), "wrote between the rows"
@@ -69,7 +73,7 @@ def test_identity_gives_the_weight(
 ) -> None:
     w = random_weight(16, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
     columns = slice(None) if DEVICE.type == "cuda" else slice(None, None, 17)  # the interpreter is slow; 17 meets every nibble
-    result = run(path, torch.eye(k, dtype=dtype, device=DEVICE)[columns], w, None, tiles)
+    result = run(path, torch.eye(k, dtype=dtype, device=DEVICE)[columns], gpu.prepare(w), None, tiles)
     assert torch.equal(result.T, w.dequantize(dtype)[:, columns])
 
 
@@ -78,7 +82,7 @@ def test_identity_gives_the_weight(
 def test_scales_of_another_dtype(m: int, path: str) -> None:
     w = random_weight(32, 64, 32, torch.float16, symmetric=False).to(DEVICE)
     x = torch.eye(64, dtype=torch.bfloat16, device=DEVICE)[:m]
-    assert torch.equal(run(path, x, w, None, None).T, w.dequantize(torch.bfloat16)[:, :m])
+    assert torch.equal(run(path, x, gpu.prepare(w), None, None).T, w.dequantize(torch.bfloat16)[:, :m])
 
 
 @pytest.mark.parametrize("path", ["int4", "fused"])
@@ -89,7 +93,7 @@ def test_scales_of_another_dtype(m: int, path: str) -> None:
         ({"x": torch.zeros(2, 64)}, "x: expected"),
         ({"x": torch.zeros(64, 2, dtype=torch.bfloat16).T}, "x: expected"),
         ({"packed": torch.zeros(32, 8, dtype=torch.int64)}, "packed"),
-        ({"packed": torch.zeros(8, 32, dtype=torch.int32).T}, "packed"),
+        ({"packed": torch.zeros(32, 8, dtype=torch.int32).T.contiguous().T}, "packed"),
         ({"scales": torch.zeros(32, 3, dtype=torch.bfloat16)}, "scales"),
         ({"zeros": torch.zeros(32, 2)}, "zeros"),
         ({"bias": torch.zeros(31, dtype=torch.bfloat16)}, "bias"),
@@ -99,7 +103,7 @@ def test_scales_of_another_dtype(m: int, path: str) -> None:
     ],
 )
 def test_refuses_what_does_not_fit(change: dict[str, object], named: str, path: str) -> None:
-    w = random_weight(32, 64, 32, symmetric=False)
+    w = gpu.prepare(random_weight(32, 64, 32, symmetric=False))
     arguments: dict[str, object] = {
         "x": torch.zeros(2, 64, dtype=torch.bfloat16),
         "packed": w.packed,
@@ -112,3 +116,17 @@ def test_refuses_what_does_not_fit(change: dict[str, object], named: str, path: 
     arguments = {name: v.to(DEVICE) if isinstance(v, Tensor) else v for name, v in arguments.items()}
     with pytest.raises(ValueError, match=named):
         (int4_linear if path == "int4" else fused_linear)(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["int4", "fused"])
+def test_wide_steps_need_wide_groups(path: str) -> None:
+    w = gpu.prepare(random_weight(32, 128, 32).to(DEVICE))
+    with pytest.raises(ValueError, match="block_words"):
+        run(path, torch.zeros(2, 128, dtype=torch.bfloat16, device=DEVICE), w, None, WIDE_TILES["dot-wide"])
+
+
+def test_splitting_again_starts_from_zeros() -> None:
+    w = gpu.prepare(random_weight(48, 320, 64).to(DEVICE))
+    x = torch.randn(3, 320, dtype=torch.float32, device=DEVICE).bfloat16()
+    first, again = (run("int4", x, w, None, LINEAR_TILES["dot-split"]) for _ in range(2))
+    assert torch.equal(first, again)

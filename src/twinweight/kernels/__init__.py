@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twinweight.kernels.prepared import KernelWeight
+from twinweight.paths import Path
 from twinweight.weight import Int4Weight
 
 
@@ -32,6 +33,12 @@ class Backend(Protocol):
     def expand(self, w: KernelWeight, out: Tensor) -> None:
         """The dense weight into out [N, K]."""
 
+    def expand_rows(self, w: KernelWeight, first: int, last: int, out: Tensor) -> None:
+        """The dense output features first to last, first a multiple of 64, into out [last - first, K]."""
+
+    def stream_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of dense rows that live for one product with activations of `dtype`."""
+
     def twin_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """Dtypes in which an exact twin for activations of `dtype` may be worth its bytes."""
 
@@ -54,6 +61,20 @@ def backend_for(device: torch.device) -> Backend:
     import twinweight.kernels.gpu as gpu
 
     return gpu
+
+
+def int4_path(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
+    """x: [M, K] -> [M, N] by a path that needs no twin. Raises ValueError for another."""
+    backend = backend_for(x.device)
+    if path == Path.INT4:
+        return backend.int4_linear(x, w, bias)
+    if path == Path.FUSED:
+        return backend.fused_linear(x, w, bias)
+    if path == Path.STREAM:
+        from twinweight.kernels.stream import stream_linear
+
+        return stream_linear(backend, x, w, bias)
+    raise ValueError(f"path is {path!r}, expected int4, fused or stream")
 
 
 def dense_linear(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,7 @@ from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_n
 
 _ROWS = 64  # rows are padded to ATen's widest block, so that every block has the same layout
 _GROUPS = (256, 128, 64, 32)  # group sizes the kernel takes
+_EXPANDED = 1 << 20  # weights expanded at a time: their fp32 values stay in the second-level caches
 _MIRRORED = (3, 5, 11, 15)  # zero points whose groups are stored as 15 - q
 
 
@@ -74,22 +75,29 @@ def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
 
 def expand(w: KernelWeight, out: Tensor) -> None:
     """Write the dense weight into out [N, K] (fp32, bf16 or fp16; rows may be strided), rounding once."""
+    expand_rows(w, 0, w.n, out)
+
+
+def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
+    """As `expand`, for output features first to last (first a multiple of 64), into out [last - first, K]."""
+    if first % _ROWS:
+        raise ValueError(f"first is {first}, expected a multiple of {_ROWS}")
     low, high = _block_rows()
     cols = w.packed.shape[1] * 2
-    blocks = w.packed.view(-1, cols, _ROWS // 2)
+    blocks = w.packed.view(-1, cols, _ROWS // 2)[first // _ROWS : -(-last // _ROWS)]
     order = w.perm.long() if w.perm is not None else None
-    step = max(1, TILE_BYTES // 16 // (cols * _ROWS))
+    step = max(1, _EXPANDED // (cols * _ROWS))
     for at in range(0, blocks.shape[0], step):
         pairs = blocks[at : at + step].transpose(1, 2).contiguous()  # [blocks, 32, K']
-        values = torch.empty(pairs.shape[0], _ROWS, cols, dtype=torch.uint8)
-        values[:, low] = pairs & 15
-        values[:, high] = pairs >> 4
-        start, stop = at * _ROWS, min((at + pairs.shape[0]) * _ROWS, w.n)
-        scale, zero = (
-            w.scales[:, start : at * _ROWS + values.shape[0] * _ROWS].float().permute(2, 1, 0).contiguous().unsqueeze(-1)
-        )
+        values = torch.empty(pairs.shape[0], _ROWS, cols)
+        values[:, low] = (pairs & 15).float()
+        values[:, high] = (pairs >> 4).float()
+        start, stop = at * _ROWS, min((at + pairs.shape[0]) * _ROWS, last - first)
+        scales = w.scales[:, first + start :][:, : values.shape[0] * _ROWS]
+        scale, zero = scales.float().permute(2, 1, 0).contiguous().unsqueeze(-1)
+        dense = values.view(-1, scale.shape[1], w.group_size)
         # q * s + (z - 8 s) has at most 13 significant bits at every step: fp32 holds it exactly.
-        dense = torch.addcmul(zero - SYMMETRIC_ZERO * scale, values.view(-1, scale.shape[1], w.group_size).float(), scale)
+        torch.addcmul(zero - SYMMETRIC_ZERO * scale, dense, scale, out=dense)
         rows = dense.view(-1, cols)[: stop - start, : w.k]
         if order is None:
             out[start:stop] = rows
@@ -127,8 +135,8 @@ def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weigh
 
 
 @lru_cache(maxsize=1)
-def _block_rows() -> tuple[Tensor, Tensor]:
-    """Which of a block's 64 rows the low and the high nibbles of its 32 bytes per column are.
+def _block_rows() -> tuple[Tensor | slice, Tensor | slice]:
+    """Which of a block's 64 rows the low and the high nibbles of its 32 bytes per column are: slices where they are ranges.
 
     The layout depends on the instruction set that ATen was built for, so it is read off a packed probe.
     """
@@ -143,20 +151,36 @@ def _block_rows() -> tuple[Tensor, Tensor]:
     low, high = (found[0] + 16 * found[1]).long()
     if not torch.equal(torch.cat((low, high)).sort().values, rows):
         raise TwinweightError("this build of torch packs int4 weights in a layout that Twinweight does not know")
-    return low, high
+    return _as_slice(low), _as_slice(high)
+
+
+def _as_slice(rows: Tensor) -> Tensor | slice:
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, last) if torch.equal(rows, torch.arange(first, last)) else rows
 
 
 fused_linear = int4_linear  # ATen's kernel unpacks inside the GEMM for any number of rows
 
 
 def paths_without_twin() -> tuple[int, ...]:
-    """Only one: on the CPU `int4` and `fused` are the same kernel."""
-    return (int(Path.INT4),)
+    """On the CPU `int4` and `fused` are the same kernel."""
+    return (int(Path.INT4), int(Path.STREAM))
 
 
 def twin_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """fp32 beside the activation dtype: without AMX or AVX512_BF16 its GEMM is the faster one."""
     return (dtype, torch.float32)
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has bf16 products in hardware; elsewhere they are slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dense rows that are expanded for one product: the fastest GEMM's."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
 
 
 def empty_twin(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,9 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import on_device, traits_of
+from .device import traits_of
+from .launch import Launch, Plan, plan
 from .tiles import ExpandTiles, expand_tiles
-from .unpack import FLOAT_TYPES, check_weight, group_constants, group_words, round_to
+from .unpack import (
+    FLOAT_TYPES,
+    check_step,
+    check_weight,
+    group_at,
+    group_columns,
+    load_group,
+    packing,
+    pair_constants,
+    row_offset,
+    weight_tile,
+    word_offset,
+)
 
 
 @triton.jit
@@ -21,43 +34,49 @@ def _expand_kernel(
     zeros_ptr,
     perm_ptr,
     out_ptr,
-    N,
+    first_row,
+    rows,
     K,
     W,
     G,
     stride_out,
-    GROUP_WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_PERM: tl.constexpr,
-    WHOLE_WORDS: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_N rows by BLOCK_W words; K runs fastest over programs, so that a row's cache lines fill up together."""
+    """BLOCK_N rows by BLOCK_W words; K runs fastest over programs, so that neighbours write neighbouring cache lines."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    BLOCK_K: tl.constexpr = 8 * BLOCK_W
+    HALVES: tl.constexpr = GROUP % BLOCK_K != 0
     tiles_w = tl.cdiv(W, BLOCK_W)
-    first_word = tl.program_id(0) % tiles_w * BLOCK_W
+    step = tl.program_id(0) % tiles_w
     offs_n = tl.program_id(0) // tiles_w * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    words_at = first_word + tl.arange(0, BLOCK_W)
-    words = tl.load(packed_ptr + rows_n[:, None] * W + words_at[None, :], mask=(words_at < W)[None, :], other=0)
-    s, c = group_constants(scales_ptr, zeros_ptr, rows_n, words_at, first_word, G, GROUP_WORDS, BLOCK_W, HAS_ZEROS)
-
-    # A third axis holds the 8 columns of a word: they are made in the thread that writes them, as one 16-byte store.
-    j = tl.arange(0, 8)[None, None, :]
-    # The nibble as the top of the mantissa of 128.0, exactly as in `weight_column`.
-    mantissa = (((words[:, :, None] >> (4 * j)) & 15) << 16) | 0x43000000
-    w = mantissa.to(tl.float32, bitcast=True) * s[:, :, None] + c[:, :, None]
-    columns = words_at[None, :, None] * 8 + j
-    inside = (offs_n < N)[:, None, None]
-    if WHOLE_WORDS:
-        inside = inside & (words_at < W)[None, :, None]
+    rows_n = first_row + tl.minimum(offs_n, rows - 1)
+    offs_w = step * BLOCK_W + tl.arange(0, BLOCK_W)
+    weight_ptrs = packed_ptr + row_offset(rows_n.to(tl.int64), W)[:, None] + word_offset(offs_w)[None, :]
+    if EVEN:
+        words = tl.load(weight_ptrs)
     else:
-        inside = inside & (columns < K)
+        words = tl.load(weight_ptrs, mask=(offs_w < W)[None, :], other=0)
+    s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+    a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
+    a1, b1 = a0, b0
+    if HALVES:
+        s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+        a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
+    w = weight_tile(words, a0, b0, a1, b1, dtype, PACKED, NATIVE)
+    columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (offs_n < rows)[:, None]
+    if not EVEN:
+        inside = inside & (columns < K)[None, :]
     if HAS_PERM:
         columns = tl.load(perm_ptr + columns, mask=columns < K, other=0)
-    out_ptrs = out_ptr + rows_n[:, None, None] * stride_out + columns
-    tl.store(out_ptrs, round_to(w, out_ptr.dtype.element_ty, NATIVE, True), mask=inside)
+    tl.store(out_ptr + offs_n[:, None].to(tl.int64) * stride_out + columns[None, :], w, mask=inside)
 
 
 def expand(
@@ -96,15 +115,36 @@ def expand(
             raise ValueError(f"{name}: expected device {packed.device}, found {tensor.device}")
     if stop == start:
         return out
-    part = slice(start, stop)
-    traits = traits_of(out.device)
-    t = tiles or expand_tiles(stop - start, k, group_size, traits)
-    with on_device(out):
-        _expand_kernel[(-(-(stop - start) // t.block_n) * -(-words // t.block_words),)](
-            packed[part], scales[part], zeros[part] if zeros is not None else None, perm, out,
-            stop - start, k, words, groups, out.stride(0),
-            GROUP_WORDS=group_words(group_size, groups), HAS_ZEROS=zeros is not None, HAS_PERM=perm is not None,
-            WHOLE_WORDS=k % 8 == 0, BLOCK_N=t.block_n, BLOCK_W=t.block_words, NATIVE=traits.rounds_bf16,
-            num_warps=t.num_warps,
-        )  # fmt: skip
+    key = (
+        expand, packed.shape, scales.dtype, zeros is None, perm is None or perm.dtype, out.shape, out.stride(), out.dtype,
+        out.get_device(), group_size, start, tiles,
+    )  # fmt: skip
+    found = plan(key, lambda: _plan(scales, zeros, perm, out, (words, groups), start, group_size, tiles))
+    if found.launch is not None:
+        found.launch(packed, scales, zeros, perm, out)
     return out
+
+
+def _plan(
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    out: Tensor,
+    sizes: tuple[int, int],
+    start: int,
+    group_size: int,
+    tiles: ExpandTiles | None,
+) -> Plan:
+    words, groups = sizes
+    rows, k = out.shape
+    traits = traits_of(out.device)
+    t = tiles or expand_tiles(rows, k, group_size, traits)
+    columns, group = 8 * t.block_words, group_columns(group_size, groups)
+    check_step(t.block_words, group)
+    constants = (
+        group, zeros is not None, perm is not None, k % columns == 0, t.block_n, t.block_words,
+        packing(out.dtype, scales.dtype, traits), traits.rounds_bf16,
+    )  # fmt: skip
+    grid = (-(-rows // t.block_n) * -(-words // t.block_words), 1, 1)
+    integers = (start, rows, k, words, groups, out.stride(0))
+    return Plan((rows, k), Launch(_expand_kernel, grid, integers, constants, {"num_warps": t.num_warps}, out.device))

@@ -1,8 +1,8 @@
-"""`fused`: x @ W.T + b on matrix instructions, the 4-bit weight unpacked in the inner loop.
+"""`fused` and `int4`: x @ W.T + b on matrix instructions, the 4-bit weight unpacked in the inner loop.
 
-The order in which a dot product runs over K is free as long as both sides agree. A tile of packed words is unpacked eight
-times, column j of every word at once, so nibbles never move between registers or lanes; x is cut to match: its columns
-8i + j for all words i. For many rows a pass of its own reorders x first (`_sort_kernel`), for few the kernel does it.
+The weight is the left operand: matrix units take that one from registers, where it was just made, and few rows of x need a
+narrow instruction only. With few outputs K is split over programs; the last to finish a tile adds the parts in a fixed
+order, so there is one launch, and the same sum on every run.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -10,34 +10,41 @@ times, column j of every word at once, so nibbles never move between registers o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import on_device, traits_of
-from .parts import sum_parts
-from .tiles import DotTiles, fused_tiles
-from .unpack import check_linear, check_weight, group_constants, group_words, round_to, weight_column
+from .device import traits_of
+from .launch import COUNTERS, Launch, Plan, counters, plan
+from .tiles import DeviceTraits, DotTiles, fused_tiles
+from .unpack import (
+    check_linear,
+    check_step,
+    check_weight,
+    group_at,
+    group_columns,
+    load_group,
+    packing,
+    pair_constants,
+    round_to,
+    row_offset,
+    weight_tile,
+    word_offset,
+)
+
+Choose = Callable[[int, int, int, int, DeviceTraits], DotTiles]
 
 
 @triton.jit
-def _columns(x, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """x [BLOCK_M, 8 * BLOCK_W] -> eight [BLOCK_M, BLOCK_W], columns 8i + j for j = 0..7: no data leaves its thread."""
-    even, odd = tl.split(tl.reshape(x, [BLOCK_M, BLOCK_W, 2, 2, 2]))
-    c04_26, c15_37 = tl.split(even), tl.split(odd)
-    c04, c26, c15, c37 = tl.split(c04_26[0]), tl.split(c04_26[1]), tl.split(c15_37[0]), tl.split(c15_37[1])
-    return c04[0], c15[0], c26[0], c37[0], c04[1], c15[1], c26[1], c37[1]
-
-
-@triton.jit
-def _sort_kernel(x_ptr, sorted_ptr, M, K, stride_x, stride_sorted, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """x [M, K] -> [M, K tiles, 8, BLOCK_W], zeros past K: the order in which `_dot_kernel` reads it."""
-    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-    columns = (tl.program_id(1) * BLOCK_W * 8 + tl.arange(0, BLOCK_W * 8))[None, :]
-    x = tl.load(x_ptr + rows * stride_x + columns, mask=(rows < M) & (columns < K), other=0.0)
-    x = tl.reshape(tl.permute(tl.reshape(x, [BLOCK_M, BLOCK_W, 8]), [0, 2, 1]), [BLOCK_M, BLOCK_W * 8])
-    tl.store(sorted_ptr + rows * stride_sorted + columns, x, mask=rows < M)
+def _finish(acc, bias_ptr, out_ptr, rows_n, rows_m, stride_out, inside, HAS_BIAS: tl.constexpr, NATIVE: tl.constexpr):
+    """Add the bias, round once, store."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + rows_m.to(tl.int64)[None, :] * stride_out + rows_n[:, None]
+    tl.store(out_ptrs, round_to(acc, out_ptr.dtype.element_ty, NATIVE, False), mask=inside)
 
 
 @triton.jit
@@ -48,26 +55,34 @@ def _dot_kernel(
     zeros_ptr,
     bias_ptr,
     out_ptr,
+    parts_ptr,
+    counters_ptr,
     M,
     N,
+    K,
     W,
     G,
     stride_x,
     stride_out,
-    stride_split,
-    GROUP_WORDS: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
     EVEN_W: tl.constexpr,
-    SORTED_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    UNROLL: tl.constexpr,
     GROUP_N: tl.constexpr,
+    PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One tile of out = x @ W.T + b, or of one part of K (fp32, without bias) where SPLIT_K > 1."""
+    """One tile of out = x @ W.T + b, over one of SPLIT_K parts of K (program axis 1)."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    BLOCK_K: tl.constexpr = 8 * BLOCK_W
+    # A step of K lies in one group, or is one block whose halves may have one each.
+    HALVES: tl.constexpr = GROUP % BLOCK_K != 0
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
@@ -78,49 +93,62 @@ def _dot_kernel(
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows past the end repeat the last one and are never stored: no masks on them in the loop.
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    rows_m = tl.minimum(offs_m, M - 1).to(tl.int64)
+    # Output features past the end repeat the last one and are never stored: no masks on the weight in the loop. Rows of x
+    # past the end are not read at all: they would cost few rows most of their traffic.
+    rows_n = tl.minimum(offs_n, N - 1)
+    inside_m = (offs_m < M)[:, None]
     offs_w = tl.arange(0, BLOCK_W)
-    weight_ptrs = packed_ptr + rows_n[:, None] * W + offs_w[None, :]
-    steps = tl.cdiv(tl.cdiv(W, BLOCK_W), SPLIT_K)
+    offs_k = tl.arange(0, BLOCK_K)
+    # 64-bit arithmetic on the tile's corner only: within a tile 32 bits do, at half the registers.
+    packed_ptr += (pid_n * BLOCK_N).to(tl.int64) * W
+    x_ptr += (pid_m * BLOCK_M).to(tl.int64) * stride_x
+    weight_offs = row_offset(rows_n - pid_n * BLOCK_N, W)[:, None] + word_offset(offs_w)[None, :]
+    x_offs = tl.arange(0, BLOCK_M)[:, None] * stride_x + offs_k[None, :]
+    total = tl.cdiv(W, BLOCK_W)
+    steps = tl.cdiv(total, SPLIT_K)
     first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, tl.cdiv(W, BLOCK_W))
+    last = tl.minimum(first + steps, total)
 
-    if GROUP_WORDS == 0:
-        s, c = group_constants(scales_ptr, zeros_ptr, rows_n, offs_w, 0, G, GROUP_WORDS, BLOCK_W, HAS_ZEROS)
+    if GROUP == 0:
+        s0, z0 = load_group(scales_ptr, zeros_ptr, 0, rows_n, G, HAS_ZEROS)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for step in range(first, last):
-        at = step * BLOCK_W
-        if EVEN_W:
-            words = tl.load(weight_ptrs + at)
-        else:
-            words = tl.load(weight_ptrs + at, mask=(at + offs_w)[None, :] < W, other=0)
-        if GROUP_WORDS != 0:
-            s, c = group_constants(scales_ptr, zeros_ptr, rows_n, at + offs_w, at, G, GROUP_WORDS, BLOCK_W, HAS_ZEROS)
-        if SORTED_X:
-            sorted_ptrs = x_ptr + rows_m[:, None] * stride_x + at * 8 + offs_w[None, :]
-            # The weight is the left operand: Hopper takes that one from registers, where it was just made.
-            for j in tl.static_range(8):
-                x = tl.load(sorted_ptrs + j * BLOCK_W)
-                w = round_to(weight_column(words, s, c, j), x.dtype, NATIVE, True)
-                acc = tl.dot(w, tl.trans(x), acc)
-        else:
-            offs_k = at * 8 + tl.arange(0, BLOCK_W * 8)
-            x_ptrs = x_ptr + rows_m[:, None] * stride_x + offs_k[None, :]
+    for turn in range(first, last, UNROLL):
+        for part in tl.static_range(UNROLL):
+            step = turn + part
+            if GROUP != 0:
+                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+            a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
+            a1, b1 = a0, b0
+            if HALVES:
+                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+                a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
+            word_ptrs, x_ptrs = packed_ptr + step * (16 * BLOCK_W) + weight_offs, x_ptr + step * BLOCK_K + x_offs
             if EVEN_W:
-                xs = _columns(tl.load(x_ptrs), BLOCK_M, BLOCK_W)
+                words = tl.load(word_ptrs)
             else:
-                xs = _columns(tl.load(x_ptrs, mask=(offs_k < W * 8)[None, :], other=0.0), BLOCK_M, BLOCK_W)
-            for j in tl.static_range(8):
-                w = round_to(weight_column(words, s, c, j), xs[j].dtype, NATIVE, True)
-                acc = tl.dot(w, tl.trans(xs[j]), acc)
+                words = tl.load(word_ptrs, mask=(step * BLOCK_W + offs_w)[None, :] < W, other=0)
+            if EVEN_K:
+                x = tl.load(x_ptrs, mask=inside_m, other=0.0)
+            else:
+                x = tl.load(x_ptrs, mask=inside_m & (step * BLOCK_K + offs_k < K)[None, :], other=0.0)
+            w = weight_tile(words, a0, b0, a1, b1, dtype, PACKED, NATIVE)
+            acc = tl.dot(w, tl.trans(x), acc)
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + tl.program_id(1).to(tl.int64) * stride_split + rows_m[None, :] * stride_out + rows_n[:, None]
-    result = round_to(acc, out_ptr.dtype.element_ty, NATIVE, False)
-    tl.store(out_ptrs, result, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+    inside = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+    if SPLIT_K == 1:
+        _finish(acc, bias_ptr, out_ptr, rows_n, offs_m, stride_out, inside, HAS_BIAS, NATIVE)
+    else:
+        local = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        mine = parts_ptr + pid.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + local
+        tl.store(mine + tl.program_id(1) * (BLOCK_N * BLOCK_M), acc)
+        tl.debug_barrier()  # every thread's part is written before the one that counts it
+        arrived = tl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
+        if arrived == SPLIT_K - 1:
+            tl.store(counters_ptr + pid, 0)  # ready for the next launch
+            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            for part in tl.static_range(SPLIT_K):
+                acc += tl.load(mine + part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            _finish(acc, bias_ptr, out_ptr, rows_n, offs_m, stride_out, inside, HAS_BIAS, NATIVE)
 
 
 def fused_linear(
@@ -136,47 +164,76 @@ def fused_linear(
 ) -> Tensor:
     """x @ W.T + b on matrix instructions, accumulated in fp32 and rounded once; for tens to hundreds of rows.
 
-    x: bf16 or fp16 [M, K], any M >= 0, any row stride. packed, scales, zeros: contiguous, as in `Int4Weight` with columns
-    in group order; group_size: K, or a multiple of 32 that divides it. bias: [N] or None. out: [M, N] of x's dtype,
+    x: bf16 or fp16 [M, K], any M >= 0, any row stride. packed: int32 in the order of `order.py`;
+    scales: bf16 or fp16 [N, groups]; zeros: uint8 [N, groups] or None; all contiguous, as `gpu.prepare` makes them, with
+    columns in group order; group_size: K, or a multiple of 32 that divides it. bias: [N] or None. out: [M, N] of x's dtype,
     any row stride, or None for a new one. tiles: None for `fused_tiles`. Returns out.
 
     The weight that enters the product is exactly `Int4Weight.dequantize(x.dtype)`.
     Raises ValueError that names the tensor whose shape, dtype, device or strides do not fit.
     """
-    n, words, groups = check_weight(packed, scales, zeros, group_size=group_size, k=x.shape[-1])
-    out = check_linear(x, bias, out, n=n, device=packed.device)
-    m, k = x.shape
-    if m == 0 or n == 0:
-        return out
-    traits = traits_of(x.device)
-    t = tiles or fused_tiles(m, n, k, group_size, traits)
-    steps = -(-words // t.block_words)
-    with on_device(x):
-        source = _sort(x, steps, t) if t.sort_x else whole_words(x)
-        split = t.split_k > 1
-        target = torch.empty((t.split_k, m, n), dtype=torch.float32, device=x.device) if split else out
-        grid = (-(-m // t.block_m) * -(-n // t.block_n), t.split_k)
-        _dot_kernel[grid](
-            source, packed, scales, zeros, None if split else bias, target,
-            m, n, words, groups, source.stride(0), n if split else out.stride(0), m * n if split else 0,
-            GROUP_WORDS=group_words(group_size, groups), HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None and not split,
-            EVEN_W=words % t.block_words == 0, SORTED_X=t.sort_x, BLOCK_M=t.block_m, BLOCK_N=t.block_n, BLOCK_W=t.block_words,
-            SPLIT_K=t.split_k, GROUP_N=t.group_n, NATIVE=traits.rounds_bf16, num_warps=t.num_warps, num_stages=t.num_stages,
-        )  # fmt: skip
-        if split:
-            sum_parts(target, bias, out)
+    return launch(x, packed, scales, zeros, bias, group_size, out, tiles, fused_tiles)
+
+
+def launch(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    out: Tensor | None,
+    tiles: DotTiles | None,
+    choose: Choose,
+) -> Tensor:
+    """`fused_linear` with the tile choice of another path. What follows from shapes and dtypes alone is worked out once."""
+    key = (
+        choose, x.shape, x.stride(), x.dtype, x.get_device(), packed.shape, scales.shape, scales.dtype, zeros is None,
+        bias is None or (bias.shape, bias.dtype), out is None or (out.shape, out.stride(), out.dtype), group_size, tiles,
+    )  # fmt: skip
+    found = plan(key, lambda: _plan(x, packed, scales, zeros, bias, group_size, out, tiles, choose))
+    if out is None:
+        out = torch.empty(found.out_shape, dtype=x.dtype, device=x.device)
+    if found.launch is not None:
+        parts = torch.empty(found.parts, dtype=torch.float32, device=x.device) if found.parts else None
+        locks = counters(x.device) if found.parts else None
+        found.launch(x, packed, scales, zeros, bias, out, parts, locks)
     return out
 
 
-def _sort(x: Tensor, steps: int, t: DotTiles) -> Tensor:
-    """x in the order of `_dot_kernel`, [M, steps * 8 * block_words], zeros past K."""
+def _plan(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    out: Tensor | None,
+    tiles: DotTiles | None,
+    choose: Choose,
+) -> Plan:
+    n, words, groups = check_weight(packed, scales, zeros, group_size=group_size, k=x.shape[-1])
+    check_linear(x, bias, out, n=n, device=packed.device)
     m, k = x.shape
-    ordered = torch.empty((m, steps * 8 * t.block_words), dtype=x.dtype, device=x.device)
-    grid = (-(-m // 16), steps)
-    _sort_kernel[grid](x, ordered, m, k, x.stride(0), ordered.stride(0), BLOCK_M=16, BLOCK_W=t.block_words, num_warps=4)
-    return ordered
-
-
-def whole_words(x: Tensor) -> Tensor:
-    """x with K padded by zeros to whole words of 8 columns; itself where it has them already."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x
+    if m == 0 or n == 0:
+        return Plan((m, n), None)
+    traits = traits_of(x.device)
+    t = tiles or choose(m, n, k, group_size, traits)
+    columns = 8 * t.block_words
+    group = group_columns(group_size, groups)
+    check_step(t.block_words, group)
+    programs = -(-m // t.block_m) * -(-n // t.block_n)
+    if t.split_k > 1 and programs > COUNTERS:
+        raise ValueError(f"split_k: expected 1 for more than {COUNTERS} tiles, found {t.split_k} for {programs}")
+    steps = -(-words // t.block_words)
+    unroll = t.unroll if steps % (t.split_k * t.unroll) == 0 else 1
+    stride_out = out.stride(0) if out is not None else n
+    constants = (
+        group, zeros is not None, bias is not None, k % columns == 0, words % t.block_words == 0, t.block_m, t.block_n,
+        t.block_words, t.split_k, unroll, t.group_n, packing(x.dtype, scales.dtype, traits), traits.rounds_bf16,
+    )  # fmt: skip
+    launch = Launch(
+        _dot_kernel, (programs, t.split_k, 1), (m, n, k, words, groups, x.stride(0), stride_out), constants,
+        {"num_warps": t.num_warps, "num_stages": t.num_stages}, x.device,
+    )  # fmt: skip
+    return Plan((m, n), launch, programs * t.split_k * t.block_m * t.block_n if t.split_k > 1 else 0)

@@ -1,41 +1,37 @@
-"""The GPU paths, in Triton. The int4 weight keeps the layout of `Int4Weight`, with the columns of a group side by side."""
+"""The GPU paths, in Triton, on words in the order of `order.py`, with the columns of a group side by side."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from twinweight.kernels.order import from_kernel_order, padded_rows, padded_words, to_kernel_order
 from twinweight.kernels.padding import cliff_bytes as cliff
 from twinweight.kernels.padding import empty_padded, padded_stride
-from twinweight.kernels.prepared import TILE_BYTES, KernelWeight, group_order
+from twinweight.kernels.prepared import KernelWeight, group_order
 from twinweight.paths import Path
-from twinweight.weight import Int4Weight, pack_nibbles, unpack_nibbles
+from twinweight.weight import Int4Weight
 
 
 def prepare(weight: Int4Weight) -> KernelWeight:
-    """As it is, without a copy; act-order weights with their columns sorted by group."""
+    """Into the order that the kernels read, a copy; act-order weights with their columns sorted by group."""
     perm = group_order(weight)
-    packed = weight.packed if perm is None else _permuted(weight.packed, perm)
     n, k = weight.shape
+    packed = to_kernel_order(weight.packed, k, perm)
     zeros = weight.zeros.contiguous() if weight.zeros is not None else None
-    return KernelWeight(packed.contiguous(), weight.scales.contiguous(), zeros, perm, weight.group_size, n, k)
+    return KernelWeight(packed, weight.scales.contiguous(), zeros, perm, weight.group_size, n, k)
 
 
 def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weight:
     """The `Int4Weight` that `prepare` took."""
-    weight = Int4Weight(w.packed, w.scales, w.zeros, None, group_size, w.k)
-    if w.perm is None:
-        return weight
-    inverse = torch.argsort(w.perm)
-    g_idx = (inverse // group_size).to(torch.int32)
-    return replace(weight, packed=_permuted(w.packed, inverse), g_idx=g_idx)
+    packed = from_kernel_order(w.packed, w.n, w.k, w.perm)
+    g_idx = (torch.argsort(w.perm) // group_size).to(torch.int32) if w.perm is not None else None
+    return Int4Weight(packed, w.scales, w.zeros, g_idx, w.group_size, w.k)
 
 
 def weight_bytes(n: int, k: int, group_size: int, act_order: bool, symmetric: bool) -> int:
     """Bytes of what `prepare` returns."""
-    return n * -(-k // 8) * 4 + n * (k // group_size) * (2 if symmetric else 3) + (4 * k if act_order else 0)
+    return padded_rows(n) * padded_words(k) * 4 + n * (k // group_size) * (2 if symmetric else 3) + (4 * k if act_order else 0)
 
 
 def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
@@ -56,14 +52,24 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
 
 def expand(w: KernelWeight, out: Tensor) -> None:
     """Write the dense weight into out [N, K], tile by tile, rounding once."""
+    expand_rows(w, 0, w.n, out)
+
+
+def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
+    """As `expand`, for output features first to last, into out [last - first, K]."""
     from twinweight.kernels import expand as kernel
 
-    kernel.expand(w.packed, w.scales, w.zeros, w.perm, out, group_size=w.group_size)
+    kernel.expand(w.packed, w.scales, w.zeros, w.perm, out, group_size=w.group_size, rows=(first, last))
+
+
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of dense rows that are expanded for one product: the activations'."""
+    return dtype
 
 
 def paths_without_twin() -> tuple[int, ...]:
-    """Both: the crossover between them is measured."""
-    return (int(Path.INT4), int(Path.FUSED))
+    """All: the crossovers between them are measured."""
+    return (int(Path.INT4), int(Path.FUSED), int(Path.STREAM))
 
 
 def twin_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -79,13 +85,3 @@ def empty_twin(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tens
 def twin_bytes(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of `empty_twin`."""
     return n * padded_stride(k, dtype.itemsize, cliff_bytes=cliff(device)) * dtype.itemsize
-
-
-def _permuted(packed: Tensor, order: Tensor) -> Tensor:
-    """Reorder the columns of packed words, some rows at a time."""
-    out = torch.empty_like(packed)
-    step = max(1, TILE_BYTES // (packed.shape[1] * 8 * 8))
-    for at in range(0, packed.shape[0], step):
-        values = unpack_nibbles(packed[at : at + step])[:, : len(order)]
-        out[at : at + step] = pack_nibbles(values.index_select(1, order))
-    return out

@@ -1,9 +1,11 @@
 """Tile choice: one pure function a kernel, from shapes and `DeviceTraits` to one frozen dataclass.
 
-Provenance of every number here: UNTUNED (November 2026). Chosen by counting (bytes in flight, programs a multiprocessor,
-registers) and compiled with Triton 3.7.1 for cuda 80/90/100 and gfx942/1100/1151/1201 without register spills, which
-`tests/kernels/test_compile.py` keeps so. Nothing was measured: distance from the best is unknown on every GPU. To be
-measured on an H200; RDNA and CDNA remain "compiled for". Kernels accept any legal tiles, so tests and tuners force them.
+Provenance of every number here. NVIDIA, 32 rows and fewer: H200, 28672 x 4096, group 128, bf16, 24 November 2026
+(`benchmarks/results/h200-tiles-rows-whole.json`): the best of 28 to 66 candidates there, but measured before blocks of 16 rows
+were stored together (`order.py`) and before `unroll`. NVIDIA above 32 rows, and AMD: UNTUNED, chosen by counting (bytes in
+flight, programs a multiprocessor, registers) and from machine code without spills in the loop, which
+`tests/kernels/test_compile.py` keeps so; distance from the best is unknown. RDNA and CDNA are "compiled for".
+`benchmarks/gpu_tiles.py` measures candidates. Kernels accept any legal tiles, so tests and tuners force them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ class DeviceTraits:
     """What tile choice may know of a GPU.
 
     shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
-    tensor_memory: products accumulate in a memory of their own (Blackwell), not in registers.
+    ptx: its assembly is PTX. tensor_memory: products accumulate in a memory of their own (Blackwell), not in registers.
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -25,26 +27,17 @@ class DeviceTraits:
     multiprocessors: int
     shared_memory: int
     rounds_bf16: bool
+    ptx: bool = False
     tensor_memory: bool = False
 
 
 @dataclass(frozen=True)
-class GemvTiles:
-    """One row of x at a time: block_n output features by block_words packed words (8 columns each), `split_k` parts of K."""
-
-    block_n: int
-    block_words: int
-    split_k: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
 class DotTiles:
-    """A tile of block_m x block_n outputs on matrix instructions, K in steps of 8 * block_words (>= 16 words).
+    """A tile of block_m x block_n outputs on matrix instructions, K in steps of 8 * block_words and in `split_k` parts.
 
-    group_n: n-tiles that run together, so that the x and weight tiles they share stay in L2.
-    sort_x: reorder x once in a pass of its own (many rows), not in registers in the inner loop (few rows).
+    block_words: 8 (one block of 64 columns), or more where they divide a group. unroll: steps between two barriers, where
+    that divides a part's steps. group_n: n-tiles that run together, so that
+    the x and weight tiles they share stay in L2.
     """
 
     block_m: int
@@ -52,9 +45,9 @@ class DotTiles:
     block_words: int
     split_k: int
     group_n: int
-    sort_x: bool
     num_warps: int
     num_stages: int
+    unroll: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,47 +59,56 @@ class ExpandTiles:
     num_warps: int
 
 
-def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> GemvTiles | DotTiles:
-    """Tiles for `int4_linear`: reductions for one row, matrix instructions (rows padded to 16) from two.
+def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+    """Tiles for `int4_linear`, few rows: three programs a multiprocessor, by splitting K where there are too few.
 
-    Two rows already pay for the padding: what bounds a GPU at small M is reading and unpacking the weight, and the GEMV
-    kernel does that once a row. Untuned (see the module docstring).
+    On the H200 at 448 programs, splitting costs 3 % (in 2) to 10 % (in 8), and 64 columns a step instead of 128 cost 18 %.
     """
-    words = -(-k // 8)
     nvidia = traits.vendor == "nvidia"
-    if m <= 1:
-        split = _split_k(-(-n // 16), -(-words // 64), 8 * traits.multiprocessors, least=2)
-        # With one stage AMD keeps what is in flight in registers; two or more cost it 250 of them and bring nothing more.
-        return GemvTiles(block_n=16, block_words=64, split_k=split, num_warps=4, num_stages=3 if nvidia else 1)
-    block_m, block_n = 16 if m <= 16 else 32, 64 if nvidia else 32
+    block_m = (8 if nvidia and m <= 8 else 16) if m <= 16 else 32
+    block_n = (128 if m > 16 else 64) if nvidia else 32
+    words = _block_words(k, group_size, most=16 if nvidia else 8)
     programs = -(-n // block_n) * -(-m // block_m)
-    split = _split_k(programs, -(-words // 16), 4 * traits.multiprocessors, least=8)
-    stages = _stages(block_m, block_n, k, group_size, traits)
-    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=False, num_warps=4 if nvidia else 2, num_stages=stages)
+    split = _split_k(programs, -(-k // (8 * words)), 3 * traits.multiprocessors, least=4)
+    warps = (8 if m > 16 else 4) if nvidia else 2
+    stages = _stages(block_m, block_n, words, k, group_size, traits, most=4)
+    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
-    """Tiles for `fused_linear`, 32 rows and more. Untuned (see the module docstring)."""
-    words = -(-k // 8)
+    """Tiles for `fused_linear`, 32 rows and more: what counts is that unpacking hides behind the products. Untuned."""
     if m <= 32:
-        tiles = decode_tiles(max(m, 2), n, k, group_size, traits)
-        if isinstance(tiles, DotTiles):
-            return tiles
-    block_m, block_n = 64 if m <= 64 else 128, 128
-    if traits.vendor == "amd" or traits.tensor_memory:
-        # AMD: larger tiles spill registers on gfx11. Tensor memory: Triton 3.7 gives each of the eight products of a step
-        # its own accumulator, and 512 columns hold eight of 64 x 64, no more (beyond that the kernel is one trap).
-        block_m, block_n = 64, 64
+        return decode_tiles(m, n, k, group_size, traits)
+    words = 8
+    if traits.vendor == "nvidia":
+        # Two programs a multiprocessor: one unpacks while the other multiplies. 256 x 128 on Hopper, one program, would unpack
+        # half as often: it spills outside of the loop only, and waits for a measurement.
+        block_m, block_n = 64 if m <= 64 else 128, 128
+    else:
+        # Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
+        block_m, block_n = 128 if traits.warp_size == 64 and m > 64 else 64, 64
     programs = -(-n // block_n) * -(-m // block_m)
-    split = _split_k(programs, -(-words // 16), traits.multiprocessors, least=8)
-    warps, stages = 8 if block_m * block_n > 8192 else 4, _stages(block_m, block_n, k, group_size, traits)
-    return DotTiles(block_m, block_n, 16, split, group_n=8, sort_x=True, num_warps=warps, num_stages=stages)
+    split = _split_k(programs, -(-k // (8 * words)), traits.multiprocessors, least=8)
+    warps = 8 if block_m * block_n > 8192 or (traits.vendor == "amd" and traits.warp_size == 32) else 4
+    stages = _stages(block_m, block_n, words, k, group_size, traits, most=4)
+    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
-    """Tiles for `expand`: 16-byte stores, whole cache lines, one group a tile where groups allow. Untuned (see above)."""
-    block_words = 64 if group_size == k else 16
-    return ExpandTiles(1024 // block_words, block_words, num_warps=4)
+    """Tiles for `expand`: 16 bytes of words a lane.
+
+    H200, 28672 x 4096, 24 November 2026 (`benchmarks/results/h200-expand.json`): 0.7 % slower than the best of eight.
+    """
+    words = _block_words(k, group_size, most=16)
+    return ExpandTiles(16 * traits.warp_size // words, words, num_warps=4)
+
+
+def _block_words(k: int, group_size: int, *, most: int) -> int:
+    """Words of a step of K: up to `most`, a power of two, within one group; 8 (a block of 64 columns) fits every group."""
+    words = 8
+    while 2 * words <= most and (group_size == k or group_size % (16 * words) == 0):
+        words *= 2
+    return words
 
 
 def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
@@ -117,13 +119,9 @@ def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
     return split
 
 
-def _stages(block_m: int, block_n: int, k: int, group_size: int, traits: DeviceTraits) -> int:
-    """Steps of K in flight: up to 4 that fit shared memory (16 words a weight row, 128 columns an x row).
-
-    AMD keeps them in registers: 2 where a step is one whole group, 1 where masks and more scales need the registers too
-    (with 2, `fused` for group 32 spills up to 120 of them on gfx11).
-    """
+def _stages(block_m: int, block_n: int, words: int, k: int, group_size: int, traits: DeviceTraits, *, most: int) -> int:
+    """Steps of K in flight: up to `most` that fit shared memory. AMD keeps them in registers: 2."""
     if traits.vendor == "amd":
         return 2 if group_size % 128 == 0 and k % 128 == 0 else 1
-    step = 16 * 4 * block_n + 128 * 2 * block_m
-    return max(2, min(4, (traits.shared_memory - 32768) // step))
+    step = words * 4 * block_n + 8 * words * 2 * block_m
+    return max(2, min(most, (traits.shared_memory - 32768) // step))

@@ -1,4 +1,9 @@
-"""What all kernels share: 4-bit values to the canonical 16-bit weight, and the checks of the tensors that hold them."""
+"""What all kernels share: 4-bit values to the canonical 16-bit weight, and the checks of the tensors that hold them.
+
+The kernels' layout is that of `order.py`: a word holds columns 2i and 2i + 1 of each quarter of a block of 64, the even ones
+in its low half. One shift and one mask so give two neighbouring columns, each in the mantissa of its own 16-bit float, and
+arithmetic goes two weights an instruction where the GPU has that for the dtype.
+"""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (Triton kernels carry no types; every other function here does.)
@@ -10,43 +15,114 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .order import BLOCK, BLOCK_WORDS, padded_rows, padded_words
+from .tiles import DeviceTraits
+
 FLOAT_TYPES = (torch.bfloat16, torch.float16)
 
+LOP3_FP16: tl.constexpr = tl.constexpr("lop3.b32 $0, $1, 0x000F000F, 0x64006400, 0xEA;")
+LOP3_BF16: tl.constexpr = tl.constexpr("lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;")
+
 
 @triton.jit
-def group_constants(
-    scales_ptr, zeros_ptr, rows, words, first_word, G, GROUP_WORDS: tl.constexpr, BLOCK_W: tl.constexpr, HAS_ZEROS: tl.constexpr
-):
-    """Scale s and offset c = -(128 + z) * s of a tile, fp32, [rows, 1] where the tile lies in one group, else [rows, words].
+def row_offset(rows, W):
+    """Where the words of rows start, in words (see `order.py`)."""
+    return rows // 16 * (16 * W) + rows % 16 * 8
 
-    GROUP_WORDS: words in a group, 0 for one group a row. Words past the row take the last group: x is 0 there.
-    """
-    if GROUP_WORDS == 0:
-        at = rows[:, None] * G
-    elif GROUP_WORDS % BLOCK_W == 0:
-        at = rows[:, None] * G + tl.minimum(first_word // GROUP_WORDS, G - 1)
+
+@triton.jit
+def word_offset(words):
+    """Where words of a row stand, from the row's start; a step of S words, a multiple of 8, is 16 * S further."""
+    return words // 8 * 128 + words % 8
+
+
+@triton.jit
+def group_at(step, G, GROUP: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
+    """The group of a step of COLUMNS, or of its second half. Columns past the row take the last group: x is 0 there."""
+    if GROUP == 0:
+        g = 0
+    elif GROUP % COLUMNS == 0:
+        g = tl.minimum(step // (GROUP // COLUMNS), G - 1)
     else:
-        at = rows[:, None] * G + tl.minimum(words // GROUP_WORDS, G - 1)[None, :]
-    s = tl.load(scales_ptr + at).to(tl.float32)
+        g = tl.minimum((step * COLUMNS + HALF * (COLUMNS // 2)) // GROUP, G - 1)
+    return g
+
+
+@triton.jit
+def load_group(scales_ptr, zeros_ptr, g, rows, G, HAS_ZEROS: tl.constexpr):
+    """Scales and zero points, as stored, of the group `g` of rows: two [R]. Without zero points the second repeats the first.
+
+    Rows of groups, not groups of rows: one sector of 32 bytes then serves 16 steps of K from the first-level cache.
+    """
+    s = tl.load(scales_ptr + rows * G + g)
+    z = s
     if HAS_ZEROS:
-        # (128 + z) * s has at most 8 + 11 significant bits: exact in fp32, and so is all that follows from it
-        c = -(tl.load(zeros_ptr + at).to(tl.float32) + 128.0) * s
-    else:
-        c = -136.0 * s
-    return s, c
+        z = tl.load(zeros_ptr + rows * G + g)
+    return s, z
 
 
 @triton.jit
-def weight_column(words, s, c, J: tl.constexpr):
-    """Column J of 8 in each word: exactly (q - z) * s in fp32, by one shift, one and-or and one fma.
-
-    The nibble goes to the top of the mantissa of 128.0, which makes 128 + q without an integer conversion.
-    """
-    if J < 4:
-        bits = words << (16 - 4 * J)
+def pair_constants(s, z, DTYPE: tl.constexpr, PACKED: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """What `weight_pairs` takes of a group: [R, 1] each, (scale, biased zero point) of DTYPE or (scale, offset) in fp32."""
+    if PACKED:
+        bias: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
+        a = s[:, None]
+        if HAS_ZEROS:
+            b = (z.to(tl.float32) + bias).to(DTYPE)[:, None]  # an integer below 2 * bias: exact
+        else:
+            b = tl.full([s.shape[0], 1], bias + 8.0, DTYPE)
     else:
-        bits = words >> (4 * J - 16)
-    return ((bits & 0x000F0000) | 0x43000000).to(tl.float32, bitcast=True) * s + c
+        a = s.to(tl.float32)[:, None]
+        if HAS_ZEROS:
+            # (128 + z) * s has at most 8 + 11 significant bits: exact in fp32, and so is all that follows from it
+            b = -(z.to(tl.float32)[:, None] + 128.0) * a
+        else:
+            b = -136.0 * a
+    return a, b
+
+
+@triton.jit
+def weight_pairs(words, a, b, J: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr):
+    """Quarter J of every block: words [R, W] -> the weight, DTYPE [R, 2 * W], rounded once from exactly (q - z) * s.
+
+    PACKED: q - z is exact in 16 bits, so the product alone rounds. Else through fp32, where both steps are exact. The nibble
+    goes to the foot of the 16-bit mantissa of a power of two, which makes bias + q without a conversion.
+    """
+    if PACKED:
+        shifted = words >> (4 * J)
+        if PACKED == 2:
+            # One instruction for both; with two immediates ptxas makes it two.
+            MASK_OR: tl.constexpr = LOP3_FP16 if DTYPE == tl.float16 else LOP3_BF16
+            bits = tl.inline_asm_elementwise(MASK_OR, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
+        elif DTYPE == tl.float16:
+            bits = (shifted & 0x000F000F) | 0x64006400
+        else:
+            bits = (shifted & 0x000F000F) | 0x43004300
+        low = (bits.to(tl.int16).to(DTYPE, bitcast=True) - b) * a
+        high = ((bits >> 16).to(tl.int16).to(DTYPE, bitcast=True) - b) * a
+    else:
+        bits = ((words >> (4 * J)) & 0x000F000F) | 0x43004300
+        low = round_to((bits << 16).to(tl.float32, bitcast=True) * a + b, DTYPE, NATIVE, True)
+        high = round_to(((bits >> 16) << 16).to(tl.float32, bitcast=True) * a + b, DTYPE, NATIVE, True)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+
+
+@triton.jit
+def weight_tile(words, a0, b0, a1, b1, DTYPE: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr):
+    """words [R, W] -> the weight, DTYPE [R, 8 * W], columns in order.
+
+    a0, b0 and a1, b1 are the constants of the first and the second half of every block of 64 columns.
+    """
+    R: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    w0 = weight_pairs(words, a0, b0, 0, DTYPE, PACKED, NATIVE)
+    w1 = weight_pairs(words, a0, b0, 1, DTYPE, PACKED, NATIVE)
+    w2 = weight_pairs(words, a1, b1, 2, DTYPE, PACKED, NATIVE)
+    w3 = weight_pairs(words, a1, b1, 3, DTYPE, PACKED, NATIVE)
+    # Column 16j + c of block s stands at [r, s, c, j]: moving j before c renames registers, it moves no data.
+    joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    blocks = tl.reshape(joined, [R, W // 8, 16, 2, 2])
+    return tl.reshape(tl.permute(blocks, [0, 1, 3, 4, 2]), [R, 8 * W])
 
 
 @triton.jit
@@ -65,16 +141,32 @@ def round_to(x, DTYPE: tl.constexpr, NATIVE: tl.constexpr, FINITE: tl.constexpr)
     return result
 
 
-def group_words(group_size: int, groups: int) -> int:
-    """The kernels' GROUP_WORDS: 8-column words in a group, 0 for one group a row."""
-    return 0 if groups == 1 else group_size // 8
+def packing(dtype: torch.dtype, scale_dtype: torch.dtype, traits: DeviceTraits) -> int:
+    """The kernels' PACKED: 0 through fp32, 1 in arithmetic of `dtype` (which the scales must have), 2 the same with PTX."""
+    if dtype != scale_dtype or not (dtype == torch.float16 or traits.rounds_bf16):
+        return 0
+    return 2 if traits.ptx else 1
+
+
+def group_columns(group_size: int, groups: int) -> int:
+    """The kernels' GROUP: columns in a group, 0 for one group a row."""
+    return 0 if groups == 1 else group_size
+
+
+def check_step(block_words: int, group: int) -> None:
+    """Raises ValueError unless a step of K, in words, is a block of 64 columns or lies in one group."""
+    columns = 8 * block_words
+    if block_words % BLOCK_WORDS or (group % columns and columns != BLOCK):
+        expected = f"{BLOCK_WORDS}, or more where they divide a group of {group} columns"
+        raise ValueError(f"block_words: expected {expected}, found {block_words}")
 
 
 def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int, k: int) -> tuple[int, int, int]:
-    """(N, words a row, groups) of an int4 weight with K = `k`. Raises ValueError that names the tensor at fault."""
-    if packed.ndim != 2 or packed.dtype != torch.int32 or packed.shape[1] != -(-k // 8):
-        raise ValueError(f"packed: expected int32 [N, {-(-k // 8)}] for K={k}, found {packed.dtype} {list(packed.shape)}")
-    n, words = packed.shape
+    """(N, words a row, groups) of an int4 weight in the kernels' order, K = `k`. Raises ValueError that names the tensor."""
+    n, words = scales.shape[0], padded_words(k)
+    if packed.dtype != torch.int32 or packed.shape != (padded_rows(n), words):
+        expected = f"int32 [{padded_rows(n)}, {words}] for N={n}, K={k}"
+        raise ValueError(f"packed: expected {expected}, found {packed.dtype} {list(packed.shape)}")
     if group_size <= 0 or k % group_size or (group_size != k and group_size % 32):
         raise ValueError(f"group_size: expected K={k} or a multiple of 32 that divides it, found {group_size}")
     groups = k // group_size
@@ -90,17 +182,15 @@ def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_
     return n, words, groups
 
 
-def check_linear(x: Tensor, bias: Tensor | None, out: Tensor | None, *, n: int, device: torch.device) -> Tensor:
-    """The output [M, N] of x: `out`, or a new one. Raises ValueError where x, bias or out do not fit."""
+def check_linear(x: Tensor, bias: Tensor | None, out: Tensor | None, *, n: int, device: torch.device) -> None:
+    """Raises ValueError where x, bias or out do not fit a weight of `n` output features."""
     if x.ndim != 2 or x.dtype not in FLOAT_TYPES or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x: expected bf16 or fp16 [M, K] with contiguous rows, found {x.dtype} {list(x.shape)}, {x.stride()}")
     if bias is not None and (bias.dtype not in FLOAT_TYPES or bias.shape != (n,) or not bias.is_contiguous()):
         raise ValueError(
             f"bias: expected contiguous bf16 or fp16 [{n}], found {bias.dtype} {list(bias.shape)}, {bias.stride()}"
         )
-    if out is None:
-        out = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
-    elif out.shape != (x.shape[0], n) or out.dtype != x.dtype or (n > 1 and out.stride(1) != 1):
+    if out is not None and (out.shape != (x.shape[0], n) or out.dtype != x.dtype or (n > 1 and out.stride(1) != 1)):
         raise ValueError(
             f"out: expected {x.dtype} [{x.shape[0]}, {n}] with contiguous rows, "
             f"found {out.dtype} {list(out.shape)}, {out.stride()}"
@@ -108,4 +198,3 @@ def check_linear(x: Tensor, bias: Tensor | None, out: Tensor | None, *, n: int, 
     for name, tensor in (("x", x), ("bias", bias), ("out", out)):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name}: expected device {device}, found {tensor.device}")
-    return out

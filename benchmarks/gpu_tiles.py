@@ -1,0 +1,161 @@
+"""Tiles of the int4 product, measured: what `kernels/tiles.py` chooses from.
+
+    python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS]
+
+Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
+{"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}. Prints the three best of each shape and M.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from gpu_timing import capture, copies_of, interleaved
+
+from twinweight.kernels import gpu
+from twinweight.kernels.expand import expand
+from twinweight.kernels.fused import fused_linear
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.kernels.tiles import DotTiles, ExpandTiles
+from twinweight.weight import Int4Weight
+
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
+ROWS = [1, 8, 16, 32, 64, 128, 256, 512, 1024]
+
+
+def candidates(m: int) -> list[DotTiles]:
+    """What may be good for m rows."""
+    tile: tuple[int, int, int]
+    if m <= 32:
+        tiles = itertools.product([(32, 2), (64, 4), (128, 8)], [(4, 1), (3, 2), (3, 4)], [1, 2, 4, 8])
+        block_m = 8 if m <= 8 else 16 if m <= 16 else 32
+        return [DotTiles(block_m, n, 16, split, 8, warps, stages, unroll) for (n, warps), (stages, unroll), split in tiles]
+    blocks = {64: [(64, 64, 4), (64, 128, 8)], 128: [(128, 128, 8), (128, 64, 4), (64, 128, 8)]}
+    found = []
+    for tile in blocks.get(m, [(256, 128, 8), (128, 128, 8), (128, 256, 8), (128, 64, 4), (256, 64, 4)]):
+        for words, stages in [(8, 3), (8, 4), (8, 5), (16, 3), (16, 4)]:
+            for split in [1, 2, 4] if m <= 128 else [1, 2] if m == 256 else [1]:
+                if stages * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
+                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
+    return found
+
+
+def expand_candidates() -> list[ExpandTiles]:
+    """Tiles of `expand`."""
+    grid = [(8, 2), (16, 2), (16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)]
+    return [ExpandTiles(n, 16, warps) for n, warps in grid]
+
+
+def random_weight(n: int, k: int, seed: int = 0) -> Int4Weight:
+    """A random weight on the GPU."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), generator=g, device="cuda", dtype=torch.int32)
+    scales = (torch.rand(n, k // 128, generator=g, device="cuda") * 0.01 + 0.001).bfloat16()
+    return Int4Weight(words, scales, None, None, 128, k)
+
+
+def compile_one(job: tuple[int, DotTiles | ExpandTiles]) -> str | None:
+    """In a worker: compiles into Triton's cache by one launch on a small weight; the error where there is one."""
+    m, tiles = job
+    try:
+        w = gpu.prepare(random_weight(256, 4096))
+        if isinstance(tiles, ExpandTiles):
+            out = torch.empty(256, 4096, device="cuda", dtype=torch.bfloat16)
+            expand(w.packed, w.scales, None, None, out, group_size=128, tiles=tiles)
+            return None
+        fused_linear(
+            torch.randn(m, 4096, device="cuda").bfloat16(), w.packed, w.scales, None, None, group_size=128, tiles=tiles
+        )
+        torch.cuda.synchronize()
+    except Exception as error:  # reported, and the candidate dropped
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def expansions(n: int, k: int, weights: list[KernelWeight]) -> list[dict[str, object]]:
+    """Records (M = 0) of `expand` with each of its tiles, each checked bit for bit."""
+    outs = [torch.empty(n, k, device="cuda", dtype=torch.bfloat16) for _ in weights]
+    truth = random_weight(n, k).dequantize()
+    graphs = {}
+    for tiles in expand_candidates():
+        calls = [
+            lambda w=w, out=out, t=tiles: expand(w.packed, w.scales, None, None, out, group_size=128, tiles=t)
+            for w, out in zip(weights, outs, strict=True)
+        ]
+        if not torch.equal(calls[0](), truth):
+            print("WRONG", n, k, tiles)
+        graphs[tiles] = capture(calls)
+    best = sorted(((min(s), t) for t, s in interleaved(graphs, rounds=5).items()), key=lambda pair: pair[0])
+    moved = n * k * (2.5 + 2 / 128)
+    for us, t in best[:5]:
+        print(f"{n}x{k} expand: {us:8.2f} us {moved / us / 1e6:.2f} TB/s {tuple(asdict(t).values())}", flush=True)
+    return [{"n": n, "k": k, "m": 0, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("out", type=Path)
+    p.add_argument("--workers", type=int, default=12)
+    p.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
+    p.add_argument("--budget", type=float, default=240.0)
+    a = p.parse_args()
+    begun = time.monotonic()
+    jobs = list({(1 if m == 1 else 8 if m % 16 else 16, t): None for m in ROWS for t in candidates(m)})
+    if a.workers:
+        with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
+            failed = [e for e in pool.map(compile_one, jobs + [(16, t) for t in expand_candidates()], chunksize=1) if e]
+        for message in sorted(set(failed)):
+            print("fails:", message, failed.count(message))
+        print(f"{len(jobs)} candidates compiled in {time.monotonic() - begun:.0f} s", flush=True)
+    if a.compile_only:
+        return
+    records = []
+    for n, k in SHAPES:
+        weights = [gpu.prepare(random_weight(n, k, seed)) for seed in range(copies_of(n * k // 2))]
+        dense = random_weight(n, k).dequantize().float()
+        records += expansions(n, k, weights)
+        for m in ROWS:
+            if time.monotonic() - begun > a.budget:
+                break
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            truth = x.float() @ dense.t()
+            graphs = {}
+            for tiles in candidates(m):
+                calls = [
+                    lambda w=w, t=tiles, x=x: fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
+                    for w in weights
+                ]
+                try:
+                    error = float((calls[0]().float() - truth).norm() / truth.norm())
+                except Exception as problem:  # more shared memory than there is, say
+                    print("fails:", tiles, repr(problem)[:100])
+                    continue
+                if not error < 1e-2:
+                    print("WRONG", n, k, m, tiles, error)
+                    continue
+                graphs[tiles] = capture(calls, max(1, min(len(calls), 2048 // m)))
+            samples = interleaved(graphs, rounds=3, warm=1)
+            best = sorted(((min(s), t) for t, s in samples.items()), key=lambda pair: pair[0])
+            records += [{"n": n, "k": k, "m": m, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best]
+            for us, t in best[:3]:
+                rate = (
+                    f"{2 * m * n * k / us / 1e6:.0f} TFLOP/s" if m >= 32 else f"{n * k * (0.5 + 2 / 128) / us / 1e6:.2f} TB/s"
+                )
+                print(f"{n}x{k} M={m}: {us:8.2f} us {rate} {tuple(asdict(t).values())}", flush=True)
+            a.out.write_text(
+                json.dumps(
+                    {"environment": {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}, "records": records}
+                )
+            )
+    print(f"{time.monotonic() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Timing on a GPU for the benchmarks beside this file: CUDA graphs that rotate over copies, replayed in turn, medians."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+
+ROTATED_BYTES = 192 << 20  # what one round over the copies of a weight must read: three times an H200's L2
+
+
+def copies_of(nbytes: int) -> int:
+    """How many copies of a weight a timing rotates over, so that the L2 cache does not answer for memory."""
+    return max(1, min(32, -(-ROTATED_BYTES // max(1, nbytes))))
+
+
+def capture(calls: list[Callable[[], object]], at_least: int = 1) -> tuple[torch.cuda.CUDAGraph, int]:
+    """(graph, calls in it) of all `calls` in turn, again and again up to `at_least`."""
+    rounds = -(-at_least // len(calls))
+    stream, pool, _ = _capturing()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # not torch.cuda.graph, which collects garbage and empties the allocator's cache each time
+        for call in calls:
+            call()  # compiles, allocates workspaces
+        torch.cuda.synchronize()
+        graph.capture_begin(pool=pool)
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        graph.capture_end()
+    return graph, rounds * len(calls)
+
+
+@functools.cache
+def _capturing() -> tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]:
+    """One stream and one memory pool for all graphs here, which never replay together, and a graph that keeps the pool: it goes
+    with the last graph in it, and cannot be used again.
+    """
+    stream, pool, anchor = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    one = torch.ones(1, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        anchor.capture_begin(pool=pool)
+        one.add_(1)
+        anchor.capture_end()
+    return stream, pool, anchor
+
+
+def interleaved(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = 7, warm: int = 2) -> dict[str, list[float]]:
+    """Microseconds a call in each of `rounds` replays, graphs in turn."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for at in range(warm + rounds):
+        for name, (graph, calls) in graphs.items():
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if at >= warm:
+                samples[name].append(start.elapsed_time(stop) * 1e3 / calls)
+    return samples
+
+
+def time_calls(variants: dict[str, list[Callable[[], object]]], at_least: int, rounds: int = 7) -> dict[str, float]:
+    """Median microseconds a call of each variant, a variant being its calls on copies of its weight."""
+    graphs = {name: capture(calls, at_least) for name, calls in variants.items()}
+    return {name: statistics.median(s) for name, s in interleaved(graphs, rounds).items()}
+
+
+def copy_bandwidth(nbytes: int = 4 << 30) -> float:
+    """Bytes a second, read plus written, of a device-to-device copy by a kernel (a graph would take the copy engine)."""
+    source = torch.randint(0, 255, (nbytes // 4,), dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    samples = []
+    for _ in range(8):
+        start.record()
+        target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        samples.append(start.elapsed_time(stop))
+    return 2 * nbytes / statistics.median(samples[2:]) * 1e3
+
+
+def matrix_rate(dtype: torch.dtype = torch.bfloat16, size: int = 8192) -> float:
+    """FLOP a second of a size x size x size product on random data."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+    us = time_calls({"mm": [lambda: a @ b.t()]}, 1)["mm"]
+    return float(2 * size**3 / us * 1e6)

@@ -1,0 +1,116 @@
+"""Launching a kernel again, cheaply: what shapes and dtypes decide is worked out once, and the compiled kernel is kept.
+
+Triton's own launch binds, specializes and hashes every argument on every call, which takes longer than many a kernel here
+runs. A `Launch` does that once; later calls hand addresses to the compiled kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .device import on_device
+
+COUNTERS = 8192
+"""Tiles that a launch with K split over programs may have."""
+
+_GRAPHS = -1  # in place of a stream
+_PLANS_KEPT = 4096  # a server meets a few shapes and as many numbers of rows as its batches have
+
+_plans: dict[Hashable, Plan] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+@dataclass
+class Launch:
+    """A kernel with its grid, integers and constants. Called with its tensors, which come first in its signature.
+
+    kernel's parameters: tensors, integers, constants, in this order. options: num_warps and the like.
+    """
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    integers: tuple[int, ...]
+    constants: tuple[object, ...]
+    options: dict[str, int]
+    device: torch.device
+    _compiled: Any = field(default=None, repr=False)
+    _tail: tuple[object, ...] = field(default=(), repr=False)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the tensors' device. The fast way is for addresses aligned to 16 bytes."""
+        compiled = self._compiled
+        if compiled is None:
+            self._first(tensors)
+            return
+        addresses = [t.data_ptr() if t is not None else None for t in tensors]
+        odd = 0
+        for address in addresses:
+            odd |= address or 0
+        if odd & 15 or torch._C._cuda_getDevice() != self.device.index:
+            self._first(tensors)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses, *self._tail)
+
+    def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
+        """Triton's own launch; keeps the compiled kernel where every address is aligned, as it was specialized for that."""
+        with on_device(next(t for t in tensors if t is not None)):
+            compiled = self.kernel[self.grid](*tensors, *self.integers, *self.constants, **self.options)
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        if aligned and self.device.type == "cuda" and hasattr(compiled, "packed_metadata"):
+            self._tail = (*self.integers, *self.constants)
+            self._compiled = compiled
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one combination of shapes, strides, dtypes and tiles leads to. launch: None where there is nothing to compute.
+
+    out_shape: of the result. parts: floats of scratch where K is split, else 0.
+    """
+
+    out_shape: tuple[int, ...]
+    launch: Launch | None
+    parts: int = 0
+
+
+def plan(key: Hashable, make: Callable[[], Plan]) -> Plan:
+    """The plan of a key, made, and the tensors checked, when it is first met.
+
+    A key holds what may differ from call to call: shapes, dtypes, row strides, the device. It leaves out what does not: the
+    tensors of a weight keep their strides and stay together. Building the key is most of what a call costs.
+    """
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= _PLANS_KEPT:
+            _plans.clear()
+        found = _plans[key] = make()
+    return found
+
+
+def counters(device: torch.device) -> Tensor:
+    """int32 [COUNTERS] of zeros, which every launch leaves as zeros.
+
+    One for each stream, whose launches follow each other, and one for all CUDA graphs: two graphs that use it must not replay
+    at the same time, as they must not where they share a memory pool.
+    """
+    if device.type != "cuda":
+        return _kept(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        # Nothing that outlives a capture may be allocated in it: a first call there clears counters of its own.
+        found = _counters.get((device, _GRAPHS))
+        return found if found is not None else torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    _kept(device, _GRAPHS)
+    return _kept(device, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def _kept(device: torch.device, stream: int) -> Tensor:
+    found = _counters.get((device, stream))
+    if found is None:
+        found = _counters[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return found
