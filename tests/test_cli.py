@@ -55,6 +55,11 @@ def test_inspect_and_load_check(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     shapes = json.loads((tmp_path / "i.json").read_text())["shapes"]
     assert sum(s["count"] for s in shapes) == 14
+    done = run("load-check", model, "--device", "cpu", "--twin-dtype", "int8", "--json", tmp_path / "8.json")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    twins = {c["twin"]: c["rounded"] for c in json.loads((tmp_path / "8.json").read_text())["checked"]}
+    assert all((0 < share < 0.01) == (kind == "int8") for kind, share in twins.items())
     done = run("load-check", model, "--device", "cpu", "--json", tmp_path / "c.json")
     assert done.returncode == 0, done.stderr
     checked = json.loads((tmp_path / "c.json").read_text())

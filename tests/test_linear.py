@@ -9,10 +9,16 @@ from torch import nn
 
 from tests.helpers import assert_close, random_weight
 from twinweight import paths
+from twinweight.kernels import int8
 from twinweight.kernels.reference import linear as reference
 from twinweight.linear import Int4Linear
 from twinweight.paths import Path, Route
 
+KINDS = [
+    "float32",
+    "bfloat16",
+    pytest.param("int8", marks=pytest.mark.skipif(not int8.available(), reason="needs a CPU with VNNI or AMX")),
+]
 ROUTE = Route((0, 8), (Path.INT4, Path.TWIN))
 COMPILERS = [
     "aot_eager",
@@ -21,7 +27,7 @@ COMPILERS = [
 
 
 def make(
-    *, twin: torch.dtype | None = torch.float32, bias: bool = True, symmetric: bool = True, act_order: bool = False
+    *, twin: str | torch.dtype | None = torch.float32, bias: bool = True, symmetric: bool = True, act_order: bool = False
 ) -> Int4Linear:
     weight = random_weight(96, 128, 32, symmetric=symmetric, act_order=act_order)
     linear = Int4Linear(weight, torch.randn(96).bfloat16() if bias else None)
@@ -29,6 +35,11 @@ def make(
     if twin is not None:
         linear.build_twin(twin)
     return linear
+
+
+def addresses(linear: Int4Linear) -> list[int]:
+    """Of the weight and its twin, which CUDA graphs would hold."""
+    return [t.data_ptr() for t in (linear.packed, linear.twin, linear.twin_scales) if t is not None]
 
 
 def taken(call: object, *args: torch.Tensor) -> set[Path]:
@@ -70,9 +81,10 @@ def test_without_a_twin_the_other_route_is_taken() -> None:
     assert taken(linear, x_of(64)) == {Path.INT4}
 
 
+@pytest.mark.parametrize("kind", KINDS[::2])
 @pytest.mark.parametrize("backend", COMPILERS)
-def test_compiled_with_many_rows_then_called_with_one_runs_int4(backend: str) -> None:
-    linear = make()
+def test_compiled_with_many_rows_then_called_with_one_runs_int4(backend: str, kind: str) -> None:
+    linear = make(twin=kind)
     torch._dynamo.reset()
     graphs = 0
 
@@ -100,14 +112,15 @@ def test_compiled_with_many_rows_then_called_with_one_runs_int4(backend: str) ->
 def test_one_graph_for_layers_of_one_shape_takes_tensors_only() -> None:
     schema = str(torch.ops.twinweight.linear.default._schema)
     assert "str" not in schema
-    assert "Tensor? twin" in schema
+    assert "Tensor? twin, Tensor? twin_scales" in schema
 
 
-def test_the_op_passes_torchs_own_checks() -> None:
-    linear = make(symmetric=False, act_order=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_op_passes_torchs_own_checks(kind: str) -> None:
+    linear = make(symmetric=False, act_order=True, twin=kind)
     args = (
-        x_of(16), linear.packed, linear.scales, linear.zeros, linear.perm, linear.bias, linear.twin, ROUTE.flat(),
-        linear.group_size, 96
+        x_of(16), linear.packed, linear.scales, linear.zeros, linear.perm, linear.bias, linear.twin, linear.twin_scales,
+        ROUTE.flat(), linear.group_size, 96
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.twinweight.linear.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -126,25 +139,27 @@ def test_a_route_to_a_missing_twin_is_refused() -> None:
         linear(x_of(1))
 
 
-def test_twins_are_in_neither_state_dict_nor_parameters() -> None:
-    linear = make()
+@pytest.mark.parametrize("kind", KINDS)
+def test_twins_are_in_neither_state_dict_nor_parameters(kind: str) -> None:
+    linear = make(twin=kind)
     with_twin = linear.state_dict()
     linear.drop_twin()
     assert with_twin.keys() == linear.state_dict().keys() == {"weight_packed", "weight_scale", "bias"}
     assert [name for name, _ in linear.named_parameters()] == ["bias"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, False), (False, True)])
-def test_reloading_refreshes_weight_and_twin_in_place(symmetric: bool, act_order: bool) -> None:
-    linear = make(symmetric=symmetric, act_order=act_order)
+def test_reloading_refreshes_weight_and_twin_in_place(symmetric: bool, act_order: bool, kind: str) -> None:
+    linear = make(symmetric=symmetric, act_order=act_order, twin=kind)
     other = Int4Linear(random_weight(96, 128, 32, symmetric=symmetric, act_order=act_order, seed=1), torch.randn(96).bfloat16())
     assert linear.twin is not None
-    before = linear.packed.data_ptr(), linear.twin.data_ptr()
+    before = addresses(linear)
     x = x_of(64)
     stale = linear(x)
     linear.load_state_dict(other.state_dict())
-    assert (linear.packed.data_ptr(), linear.twin.data_ptr()) == before
-    other.build_twin(torch.float32)
+    assert addresses(linear) == before
+    other.build_twin(kind)
     assert torch.equal(linear.twin, other.twin)
     other.route_with_twin = ROUTE
     assert torch.equal(linear(x), other(x))
@@ -160,12 +175,17 @@ def test_a_state_dict_of_another_kind_is_refused() -> None:
         linear.load_state_dict({"weight_packed": linear.state_dict()["weight_packed"], "bias": linear.bias})
 
 
-def test_build_twice_keeps_the_address() -> None:
-    linear = make()
-    assert linear.twin is not None
-    address = linear.twin.data_ptr()
-    linear.build_twin(torch.float32)
-    assert linear.twin.data_ptr() == address
+@pytest.mark.parametrize("kind", KINDS)
+def test_build_twice_keeps_the_address_and_another_kind_does_not(kind: str) -> None:
+    linear = make(twin=kind)
+    before = addresses(linear)
+    linear.build_twin(kind)
+    assert addresses(linear) == before
+    assert linear.twin_kind == kind
+    linear.build_twin(torch.float16)
+    assert linear.twin_kind == "float16"
+    assert linear.twin_scales is None
+    assert linear.twin_bytes == 2 * 96 * 128
 
 
 def test_to_another_dtype_takes_weight_and_twin_along() -> None:
@@ -176,6 +196,15 @@ def test_to_another_dtype_takes_weight_and_twin_along() -> None:
     assert linear.twin.dtype == torch.float16
     x = torch.randn(16, 128).half()
     assert_close(model(x), reference(x, linear.int4_weight, linear.bias), 1e-2, 6e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_moved_twin_is_of_the_kind_that_fits_there(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = make(twin=kind).to(torch.float16)
+    assert linear.twin_kind == {"bfloat16": "float16"}.get(kind, kind)
+    if kind == "int8":
+        monkeypatch.setattr(int8, "available", lambda: False)
+        assert linear.to(torch.bfloat16).twin_kind == "bfloat16"
 
 
 def test_to_where_it_already_is_keeps_the_twin() -> None:

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinweight.errors import BudgetError, ConfigError
-from twinweight.plan import Budget, TwinCandidate, TwinOption, check_mode, plan
+from twinweight.plan import Budget, TwinCandidate, TwinOption, check_mode, choose, plan
+from twinweight.workload import Workload
 
 MIB = 1 << 20
 
@@ -22,7 +23,7 @@ def budget(spendable: int, **more: int) -> Budget:
 def test_the_seeds_gate() -> None:
     # free - total x (1 - utilization) = 40 - 100 x 0.1 = 30: three twins of 10 fit, not four.
     b = Budget(total=100, free=40, utilization=0.9)
-    result = plan([candidate(str(i), ("bfloat16", 10, 1.0)) for i in range(4)], b, "soft")
+    result = choose([candidate(str(i), ("bfloat16", 10, 1.0)) for i in range(4)], b, "soft")
     assert list(result.twins) == ["0", "1", "2"]
     assert list(result.missed) == ["3"]
     assert result.missed_bytes == 10
@@ -31,11 +32,11 @@ def test_the_seeds_gate() -> None:
 def test_transient_and_floor_are_charged_first() -> None:
     b = Budget(total=100, free=40, utilization=0.9, transient=5, kv_floor=16)
     assert b.for_twins == 9
-    assert plan([candidate("a", ("bfloat16", 10, 1.0))], b, "soft").twins == {}
+    assert choose([candidate("a", ("bfloat16", 10, 1.0))], b, "soft").twins == {}
 
 
 def test_off_plans_nothing() -> None:
-    assert plan([candidate("a", ("bfloat16", 1, 1.0))], budget(100), "off").twins == {}
+    assert choose([candidate("a", ("bfloat16", 1, 1.0))], budget(100), "off").twins == {}
 
 
 def test_time_saved_per_byte_beats_module_order() -> None:
@@ -44,24 +45,24 @@ def test_time_saved_per_byte_beats_module_order() -> None:
         candidate("small", ("bfloat16", 50, 10.0)),
         candidate("tiny", ("bfloat16", 10, 3.0)),
     ]
-    assert list(plan(weights, budget(60), "soft").twins) == ["small", "tiny"]
+    assert list(choose(weights, budget(60), "soft").twins) == ["small", "tiny"]
 
 
 def test_twins_that_do_not_pay_are_left_out() -> None:
-    result = plan([candidate("a", ("bfloat16", 1, 0.0), ("float32", 2, -1.0))], budget(100), "hard")
+    result = choose([candidate("a", ("bfloat16", 1, 0.0), ("float32", 2, -1.0))], budget(100), "hard")
     assert result.twins == result.missed == {}
 
 
 def test_the_wider_dtype_is_taken_where_it_is_faster_and_fits() -> None:
     options = ("bfloat16", 10, 2.0), ("float32", 20, 3.0)
-    assert plan([candidate("a", *options)], budget(20), "soft").twins["a"].dtype == "float32"
-    assert plan([candidate("a", *options)], budget(19), "soft").twins["a"].dtype == "bfloat16"
+    assert choose([candidate("a", *options)], budget(20), "soft").twins["a"].dtype == "float32"
+    assert choose([candidate("a", *options)], budget(19), "soft").twins["a"].dtype == "bfloat16"
 
 
 def test_hard_raises_with_the_arithmetic_and_three_levers() -> None:
     b = Budget(total=100 * MIB, free=40 * MIB, kv_floor=20 * MIB)
     with pytest.raises(BudgetError) as caught:
-        plan([candidate("a", ("bfloat16", 11 * MIB, 1.0))], b, "hard")
+        choose([candidate("a", ("bfloat16", 11 * MIB, 1.0))], b, "hard")
     text = str(caught.value)
     assert caught.value.missing == MIB
     for word in ("free memory", "KV floor", "left for twins", "all twins need", "short", "utilization"):
@@ -81,7 +82,42 @@ def test_utilization_is_checked(utilization: float) -> None:
         Budget(1, 1, utilization)
 
 
-weights_strategy = st.lists(st.tuples(st.integers(1, 100), st.floats(-1, 10)), max_size=30).map(
+def test_hard_takes_the_smaller_dtype_where_the_wider_does_not_fit() -> None:
+    options = ("bfloat16", 10, 2.0), ("float32", 20, 3.0)
+    weights = [candidate(name, *options) for name in "abc"]
+    assert [o.dtype for o in choose(weights, budget(60), "hard").twins.values()] == ["float32"] * 3
+    assert [o.dtype for o in choose(weights, budget(50), "hard").twins.values()] == ["float32", "float32", "bfloat16"]
+    with pytest.raises(BudgetError) as caught:
+        choose(weights, budget(29), "hard")
+    assert caught.value.missing == 1
+
+
+def test_a_copy_that_is_no_twin_competes_in_soft_and_is_none_in_hard() -> None:
+    both = (TwinOption("bfloat16", 40, 3.0), TwinOption("canonical", 10, 2.0, is_twin=False))
+    weights = [TwinCandidate(name, both) for name in "ab"]
+    assert [o.name for o in choose(weights, budget(50), "soft").twins.values()] == ["bfloat16", "canonical"]
+    assert [o.name for o in choose(weights, budget(20), "soft").twins.values()] == ["canonical", "canonical"]
+    assert [o.name for o in choose(weights, budget(80), "hard").twins.values()] == ["bfloat16", "bfloat16"]
+    with pytest.raises(BudgetError):
+        choose(weights, budget(50), "hard")
+
+
+class Linear:
+    """An offer of one twin that saves a microsecond a row."""
+
+    def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+        return (TwinOption("bfloat16", 10, sum(m * share for m, share in workload.calls) - 64),)
+
+
+def test_the_workload_decides_whether_a_twin_pays() -> None:
+    weights = {"a": "kind", "b": "kind"}
+    for rows, count in ((2048, 2), (32, 0)):
+        found = plan(weights, budget(100), {"kind": Linear()}, Workload.prefill(rows), "soft")
+        assert len(found.twins) == count
+    assert plan(weights, budget(100), {}, Workload.prefill(), "off").twins == {}
+
+
+weights_strategy = st.lists(st.tuples(st.integers(1, 100), st.floats(-1, 10).map(lambda s: round(s, 6))), max_size=30).map(
     lambda rows: [candidate(str(i), ("bfloat16", b, s), ("float32", 2 * b, 1.5 * s)) for i, (b, s) in enumerate(rows)]
 )
 
@@ -89,7 +125,53 @@ weights_strategy = st.lists(st.tuples(st.integers(1, 100), st.floats(-1, 10)), m
 @given(weights_strategy, st.integers(0, 2000), st.integers(0, 500), st.integers(0, 100))
 def test_soft_never_breaks_budget_or_floor(weights: list[TwinCandidate], spendable: int, floor: int, transient: int) -> None:
     b = budget(spendable, kv_floor=floor, transient=transient)
-    result = plan(weights, b, "soft")
+    result = choose(weights, b, "soft")
     assert result.twin_bytes == 0 or result.twin_bytes + floor + transient <= b.spendable
-    assert result == plan(list(weights), dataclasses.replace(b), "soft")
+    assert result == choose(list(weights), dataclasses.replace(b), "soft")
     assert all(o.saved_us > 0 for o in result.twins.values())
+
+
+def module_order(weights: list[TwinCandidate], room: int) -> float:
+    """What a plan in module order saves: each weight takes its fastest option as long as it fits."""
+    saved = 0.0
+    for c in weights:
+        fastest = max(c.options, key=lambda o: o.saved_us)
+        if 0 < fastest.saved_us and fastest.nbytes <= room:
+            room -= fastest.nbytes
+            saved += fastest.saved_us
+    return saved
+
+
+@given(weights_strategy, st.integers(0, 2000), st.integers(0, 500))
+def test_more_budget_is_never_slower_and_module_order_never_better(
+    weights: list[TwinCandidate], spendable: int, more: int
+) -> None:
+    small, large = (choose(weights, budget(n), "soft") for n in (spendable, spendable + more))
+    assert small.gap == large.gap == 0
+    # Savings count in units of 2^-30 of the largest.
+    assert large.saved_us >= small.saved_us - 1e-6
+    assert small.saved_us >= module_order(weights, small.budget.for_twins) - 1e-6
+    assert choose(weights, budget(spendable), "off").saved_us == 0
+
+
+@given(weights_strategy, st.integers(0, 2000))
+def test_hard_gives_a_twin_to_all_that_pay_or_raises(weights: list[TwinCandidate], spendable: int) -> None:
+    paying = [c.name for c in weights if any(o.saved_us > 0 for o in c.options)]
+    least = sum(min(o.nbytes for o in c.options if o.saved_us > 0) for c in weights if c.name in paying)
+    b = budget(spendable)
+    if least > b.for_twins:
+        with pytest.raises(BudgetError) as caught:
+            choose(weights, b, "hard")
+        assert caught.value.missing == least - b.for_twins
+    else:
+        found = choose(weights, b, "hard")
+        assert list(found.twins) == paying
+        assert found.missed == {}
+        assert found.twin_bytes <= b.for_twins
+
+
+def test_equal_weights_go_in_module_order() -> None:
+    weights = [candidate(str(i), ("bfloat16", 10, 1.0), ("float32", 20, 1.5)) for i in range(6)]
+    found = choose(weights, budget(45), "soft")
+    assert list(found.twins) == ["0", "1", "2", "3"]
+    assert list(found.missed) == ["4", "5"]

@@ -129,7 +129,7 @@ def routes(model: PreTrainedModel) -> dict[str, str]:
     for linear in int4_linears(model).values():
         key = f"{linear.out_features}x{linear.in_features}"
         route = linear.route_with_twin if linear.twin is not None else linear.route_without_twin
-        twin = f" ({str(linear.twin.dtype).removeprefix('torch.')} twin)" if linear.twin is not None else ""
+        twin = f" ({linear.twin_kind} twin)" if linear.twin is not None else ""
         out.setdefault(key, str(route) + twin)
     return out
 
@@ -142,14 +142,15 @@ def environment(model: PreTrainedModel) -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None
     return {
-        "device": gpu or _cpu_name(), "cores": psutil.cpu_count(logical=False), "threads": torch.get_num_threads(),
+        "device": gpu or cpu_name(), "cores": psutil.cpu_count(logical=False), "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1), "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__, "twinweight": twinweight.__version__,
         "model": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch."), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             lines = [line.split(":", 1)[1].strip() for line in f if line.startswith("model name")]

@@ -6,8 +6,10 @@ not run; 5 twins that do not fit (mode hard).
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from twinweight import errors
+from twinweight.commands.plan import plan
+from twinweight.commands.profile import profile
+from twinweight.commands.roofline import roofline
+from twinweight.commands.tune import tune
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="W4A16 models with dense twins for prefill."
@@ -27,6 +33,9 @@ err = Console(stderr=True)
 Model = Annotated[Path, typer.Argument(help="local model directory", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]
 Mode = Annotated[str | None, typer.Option(help="off, soft or hard; default: TWINWEIGHT_MODE, else soft")]
+TwinDtype = Annotated[
+    str | None, typer.Option(help="dense, int8 (CPU), fp8, fp8-exact or fp8-row (GPU); default: TWINWEIGHT_DTYPE, else dense")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one")]
 Utilization = Annotated[float, typer.Option(help="share of the memory that may be used at all")]
 KvFloor = Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")]
@@ -101,6 +110,7 @@ def synth(
 def load_check(
     model: Model,
     mode: Mode = None,
+    twin_dtype: TwinDtype = None,
     device: Device = None,
     utilization: Utilization = 0.9,
     kv_floor: KvFloor = None,
@@ -110,7 +120,8 @@ def load_check(
     from twinweight import inspection, report
     from twinweight.engines.hf import load
 
-    result = inspection.check_loaded(load(model, mode=mode, device=device, utilization=utilization, kv_floor=kv_floor))
+    loaded = load(model, mode=mode, twin_dtype=twin_dtype, device=device, utilization=utilization, kv_floor=kv_floor)
+    result = inspection.check_loaded(loaded)
     out.print(report.check_table(result))
     _write(json_file, result)
     if not result["ok"]:
@@ -120,26 +131,43 @@ def load_check(
 @app.command()
 def bench(
     model: Model,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    engine: Annotated[str, typer.Option(help="hf (transformers, here) or vllm (servers in processes of their own)")] = "hf",
+    prompt_tokens: Annotated[str, typer.Option(help="vllm takes several: 512,2048")] = "1024",
     output_tokens: Annotated[int, typer.Option(min=2)] = 32,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    image: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT, for vision-language models")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="hf: sequences at once")] = 1,
+    concurrency: Annotated[str, typer.Option(help="vllm: requests at once, one or several: 1,8,32,64")] = "1",
+    image: Annotated[str | None, typer.Option(help="hf: WIDTHxHEIGHT, for vision-language models")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="vllm: servers started for each of off and on, in turn")] = 1,
+    engine_args: Annotated[str | None, typer.Option(help="vllm: JSON, arguments of vllm.LLM for off and on")] = None,
     mode: Mode = None,
+    twin_dtype: TwinDtype = None,
     device: Device = None,
     utilization: Utilization = 0.9,
     kv_floor: KvFloor = None,
     json_file: Json = None,
 ) -> None:
-    """Measure off and on, interleaved: time to first token, time per output token, memory."""
+    """Measure off and on: time to first token, time per output token, memory."""
+    prompts = _numbers("--prompt-tokens", prompt_tokens)
+    if engine == "vllm":
+        if image is not None or batch != 1 or device is not None:
+            raise errors.ConfigError("--engine vllm takes --concurrency, and no --batch, --image or --device")
+        _bench_vllm(
+            model, (tuple(itertools.product(prompts, _numbers("--concurrency", concurrency))), output_tokens, repeats), mode,
+            twin_dtype, kv_floor, {"gpu_memory_utilization": utilization, **_object("--engine-args", engine_args)}, rounds,
+            json_file,
+        )  # fmt: skip
+        return
+    if engine != "hf" or len(prompts) > 1 or concurrency != "1" or rounds > 1 or engine_args is not None:
+        raise errors.ConfigError("--engine is hf or vllm; hf takes one --prompt-tokens, and --batch for --concurrency")
     from twinweight import bench as benchmark
     from twinweight import report
     from twinweight.engines.hf import load
 
-    work = benchmark.Workload(prompt_tokens, output_tokens, batch, _size(image))
+    workload = benchmark.Workload(prompts[0], output_tokens, batch, _size(image))
     with err.status("loading") as status:
-        loaded = load(model, mode=mode, device=device, utilization=utilization, kv_floor=kv_floor)
-        result = benchmark.bench(loaded, work, repeats=repeats, step=lambda text: status.update(f"measuring {text}"))
+        loaded = load(model, mode=mode, twin_dtype=twin_dtype, device=device, utilization=utilization, kv_floor=kv_floor)
+        result = benchmark.bench(loaded, workload, repeats=repeats, step=lambda text: status.update(f"measuring {text}"))
     out.print(report.bench_table(result))
     _write(json_file, result)
 
@@ -165,6 +193,57 @@ def demo(
         )
     out.print(report.bench_table(speed))
     _write(build / "demo.json", {"quality": quality, "bench": speed})
+
+
+def _bench_vllm(
+    model: Path,
+    work: tuple[tuple[tuple[int, int], ...], int, int],
+    mode: str | None,
+    twin_dtype: str | None,
+    kv_floor: int | None,
+    engine_args: dict[str, Any],
+    rounds: int,
+    json_file: Path | None,
+) -> None:
+    from twinweight import report
+    from twinweight.engines.hf import mode_from_environment
+    from twinweight.engines.vllm.bench import Workload, bench
+    from twinweight.plan import check_mode
+    from twinweight.twin import check_request, request_from_environment
+
+    chosen = mode_from_environment() if mode is None else check_mode(mode)
+    dtype = request_from_environment() if twin_dtype is None else check_request(twin_dtype)
+    with err.status("starting vLLM") as status:
+        result = bench(
+            model, Workload(*work), mode=chosen, dtype=dtype, kv_floor=kv_floor, engine_args=engine_args, rounds=rounds,
+            step=status.update,
+        )  # fmt: skip
+    out.print(report.vllm_bench_table(result))
+    result["command"] = shlex.join(["twinweight", *sys.argv[1:]])
+    _write(json_file, result)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdigit() and int(p) for p in parts):
+        raise errors.ConfigError(f"{option} is {text!r}, expected whole numbers of at least 1 such as 512,2048")
+    return tuple(map(int, parts))
+
+
+def _object(option: str, text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise errors.ConfigError(f"{option} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise errors.ConfigError(f"{option} is {text}, expected an object such as '{{\"enforce_eager\": true}}'")
+    return found
+
+
+app.command()(plan)
+app.command()(profile)
+app.command()(roofline)
+app.command()(tune)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

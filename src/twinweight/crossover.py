@@ -1,24 +1,38 @@
-"""`Crossovers`: measured times of every path per shape, and the routes that follow from them. No constant decides a path."""
+"""`Crossovers`: measured times of every path per shape, from this process or a cache. No constant decides a path."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement
+from functools import partial
 
 import torch
 
-from twinweight.kernels import backend_for, dense_linear
-from twinweight.paths import Path, Route
+from twinweight import cache, twin
+from twinweight.kernels import backend_for, int4_path, int8
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.measured import Measured
+from twinweight.paths import Path
 from twinweight.timing import Timing, interleaved
 from twinweight.weight import Int4Weight
 
-_GRID = {
-    "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+GRID = {
+    "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "gpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
 }
-CPU_ELEMENTS = 2 << 20  # on the CPU a slice of rows stands for the weight: time per row does not depend on N there
+"""Rows that are timed for every shape. Between two of them a takeover is searched for."""
+
+CPU_ELEMENTS = 8 << 20
+"""On the CPU a slice of rows with about so many weights stands for the weight: time per row does not depend on N there. With
+2 << 20 the 40 us that every call costs counted double at M=4 (two cores, 14336 x 4096)."""
+
+_CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: int4 costs at most so much more at the upper one
+_STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
+_HOPELESS = 2.5  # a path so much slower than the best is not timed closely
+_ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
+_ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
 
 
 def rotation(device: torch.device, nbytes: int) -> int:
@@ -42,91 +56,76 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds a call at each number of rows in `ms`, per choice: "int4", "fused", or "twin:<dtype>".
-
-    n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it.
-    """
-
-    ms: tuple[int, ...]
-    times: dict[str, tuple[Timing, ...]]
-    n: int
-
-    def route(self, choices: Sequence[str]) -> Route:
-        """The route of least total slowdown among those that move one way, from decode paths to dense ones.
-
-        choices: in the order in which they may take over as rows grow. A path starts at a measured size where it beats the
-        one before by more than the measured spread of both, and the total over all sizes decides where, so that noise at one
-        size neither flips a choice nor moves it below what was seen. Disturbances only ever add time: the least sample stands
-        for a path.
-        """
-        costs = [[math.log(max(t.min, 1e-9)) for t in self.times[c]] for c in choices]
-        best: tuple[float, tuple[int, ...]] = (math.inf, ())
-        for cuts in combinations_with_replacement(range(len(self.ms) + 1), len(choices) - 1):
-            edges = (0, *cuts, len(self.ms))
-            if all(self._wins(choices, c, edges) for c in range(1, len(choices))):
-                total = sum(sum(costs[c][edges[c] : edges[c + 1]]) for c in range(len(choices)))
-                # On a tie the later takeover: int4 costs no memory.
-                best = min(best, (total, tuple(-e for e in edges)))
-        edges = tuple(-e for e in best[1])
-        used = [c for c in range(len(choices)) if edges[c] < edges[c + 1]]
-        starts = (0, *(self.ms[edges[c]] for c in used[1:]))
-        return Route(starts, tuple(_path_of(choices[c]) for c in used))
-
-    def _wins(self, choices: Sequence[str], c: int, edges: tuple[int, ...]) -> bool:
-        """Whether choice c, where it starts, beats the nearest earlier choice that is used; a start at the first size is
-        free.
-        """
-        at = edges[c]
-        if at == edges[c + 1] or at == 0:
-            return True
-        before = next(b for b in range(c - 1, -1, -1) if edges[b] < edges[b + 1])
-        new, old = self.times[choices[c]][at], self.times[choices[before]][at]
-        return new.min * (1 + new.spread + old.spread) < old.min
-
-    def saved(self, choice: str, without: Iterable[str]) -> float:
-        """Seconds that `choice` saves at the largest measured number of rows, against the best of `without`."""
-        return min(self.times[c][-1].min for c in without) - self.times[choice][-1].min
+    @property
+    def key(self) -> dict[str, object]:
+        """What the cache knows it by; the device has a name of its own there."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("dtype", "device")}
+        return {"engine": "embedded", **fields, "dtype": str(self.dtype).removeprefix("torch.")}
 
 
 @dataclass
 class Crossovers:
-    """The measurements, by shape; a shape is measured once, when it is first asked for."""
+    """The measurements, by shape: a shape is measured once on a machine, and its times are kept in the cache.
+
+    store: where they are kept; None for nowhere. The default follows TWINWEIGHT_CACHE.
+    """
 
     measured: dict[Shape, Measured] = field(default_factory=dict)
+    store: cache.Cache | None = field(default_factory=cache.default)
 
-    def get(self, shape: Shape, *, with_twins: bool = True) -> Measured:
-        """The measurement of a shape. Without twins only the paths that need none are timed, and not at all where there is
-        one.
+    def get(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
+        """The measurement of a shape. Without twins only int4 and fused are timed (mode `off`), and not at all where there is
+        one of them. lossy: kinds of 8-bit twins (`twin.LOSSY`) to time besides.
         """
-        found = self.measured.get(shape)
-        if found is None or (with_twins and not any(c.startswith("twin:") for c in found.times)):
-            found = self.measured[shape] = measure(shape, with_twins=with_twins)
+        found, needed = self.measured.get(shape), set(choices_of(shape, with_twins=with_twins, lossy=lossy))
+        if found is None or not needed <= set(found.times):
+            found = self._kept(shape, needed) or self.measure(shape, with_twins=with_twins, lossy=lossy)
+        self.measured[shape] = found
         return found
 
+    def measure(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
+        """Measure a shape anew, whatever is known, and keep that."""
+        found = self.measured[shape] = measure(shape, with_twins=with_twins, lossy=lossy)
+        if self.store is not None and len(found.times) > 1:
+            self.store.write(shape.key, shape.device, found)
+        return found
 
-def twin_choice(dtype: torch.dtype) -> str:
-    """The name of a twin of this dtype in `Measured.times`."""
-    return "twin:" + str(dtype).removeprefix("torch.")
+    def _kept(self, shape: Shape, needed: set[str]) -> Measured | None:
+        if self.store is None or len(needed) < 2:
+            return None
+        found = self.store.read(shape.key, shape.device)
+        return found if found is not None and needed <= set(found.times) else None
+
+
+def twin_choice(kind: str | torch.dtype) -> str:
+    """The name of a twin of this kind in `Measured.times`; a dtype is the dense kind of that dtype."""
+    return "twin:" + str(kind).removeprefix("torch.")
 
 
 def without_twin(device: torch.device) -> list[str]:
-    """The names of the paths that need no twin."""
+    """The names of the paths that need no twin, in the order in which they may take over as rows grow."""
     return [Path(p).name.lower() for p in backend_for(device).paths_without_twin()]
 
 
-def measure(shape: Shape, *, with_twins: bool = True, repeats: int = 3) -> Measured:
-    """Time every path of one shape on random data. Well under a second on a CPU; temporaries stay below 256 MiB there."""
-    names = without_twin(shape.device)
-    if not with_twins and len(names) == 1:
-        zero = Timing(0.0, 0.0, 0.0)
-        return Measured((1,), {names[0]: (zero,)}, shape.n)
+def choices_of(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> list[str]:
+    """The choices that exist for a shape: the paths without a twin, then the kinds a twin may have. Without twins those that
+    mode `off` may use: nothing is expanded there.
+    """
+    plain = without_twin(shape.device)
+    if not with_twins:
+        return [c for c in plain if c != "stream"]
+    return [*plain, *map(twin_choice, (*twin.dense_kinds(shape.dtype, shape.device), *lossy))]
+
+
+def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
+    """Time every path of one shape on random data. About a second on a CPU; temporaries stay below 256 MiB there."""
+    names = choices_of(shape, with_twins=with_twins, lossy=lossy)
+    if len(names) == 1:
+        return Measured((1,), {names[0]: (Timing(0.0, 0.0, 0.0),)}, shape.n)
     n = shape.n
     if shape.device.type == "cpu":
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
-    return time_variants(_variants(shape, n, with_twins), shape.k, n, shape.dtype, shape.device, repeats=repeats)
+    return time_variants(variants(shape, n, names), shape.k, n, shape.dtype, shape.device)
 
 
 def time_variants(
@@ -136,24 +135,67 @@ def time_variants(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    repeats: int = 3,
     wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
 ) -> Measured:
-    """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`, over the device's grid of M.
+    """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
+    between the two sizes around each takeover, until they are close.
 
     wrap: turns the calls of one sample into what is timed, such as the replay of a graph.
     """
-    grid = _GRID["cpu" if device.type == "cpu" else "gpu"]
-    times: dict[str, list[Timing]] = {name: [] for name in variants}
-    for m in grid:
-        x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
-        # Short calls are repeated inside one sample: a clock around a single one of them measures the clock, and one weight
-        # alone would stay in the caches.
-        inner = max(1, min(16, (16 if device.type == "cpu" else 2048) // m))
-        calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
-        for name, timing in interleaved(calls, device=device, repeats=repeats).items():
-            times[name].append(Timing(timing.median / inner, timing.min / inner, timing.max / inner))
-    return Measured(grid, {name: tuple(t) for name, t in times.items()}, n)
+    found = {m: time_rows(variants, m, k, dtype, device, wrap=wrap) for m in GRID["cpu" if device.type == "cpu" else "gpu"]}
+    for _ in range(_ROUNDS):
+        measured = _joined(found, n)
+        for m in _around_takeovers(measured):
+            guess = {c: measured.time_at(c, m) for c in variants}
+            near = {c: call for c, call in variants.items() if guess[c] < _HOPELESS * min(guess.values())}
+            others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
+            found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
+    return _joined(found, n)
+
+
+def _joined(found: Mapping[int, dict[str, Timing]], n: int) -> Measured:
+    ms = tuple(sorted(found))
+    return Measured(ms, {c: tuple(found[m][c] for m in ms) for c in found[1]}, n)
+
+
+def time_rows(
+    variants: Mapping[str, Callable[[torch.Tensor], object]],
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
+    enough: int = _ENOUGH,
+) -> dict[str, Timing]:
+    """Time all variants with m rows, interleaved; `enough` samples each, where they are not too slow."""
+    x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
+    if device.type == "cpu":
+        # Every call has a clock of its own, so that one disturbed call does not spoil the others.
+        calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
+        patience = _PATIENCE * len(calls)
+        return interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)
+    # Short calls are repeated inside one sample: a clock around a single one measures the clock, and one weight alone would
+    # stay in the caches.
+    inner = max(1, min(16, 2048 // m))
+    calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
+    return {name: t.times(1 / inner) for name, t in interleaved(calls, device=device).items()}
+
+
+def _around_takeovers(measured: Measured) -> list[int]:
+    """Sizes to time in the gaps in which one path takes over from another, on any route that may be used."""
+    plain = measured.plain
+    twins = [c for c in measured.times if c.startswith("twin:")]
+    ms: set[int] = set()
+    for choices in ([*plain], *([*plain, choice] for choice in twins)):
+        for start in measured.route(choices).starts[1:]:
+            before = measured.ms[measured.ms.index(start) - 1]
+            if start <= _STEPPED:
+                octave = 1 << (start - 1).bit_length() - 1
+                ms |= set(range(octave, min(4 * octave, _STEPPED) + 1, max(1, octave // 8)))
+            elif start > before * _CLOSE:
+                ms.add(round(math.sqrt(before * start)))
+    return sorted(ms - set(measured.ms))
 
 
 def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int) -> Callable[[], None]:
@@ -164,12 +206,12 @@ def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int)
     return run
 
 
-def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[torch.Tensor], object]]:
-    """One callable a choice, on weights of random values."""
+def variants(shape: Shape, n: int, names: Sequence[str]) -> dict[str, Callable[[torch.Tensor], object]]:
+    """One callable a choice, on weights [n, K] of random values, enough of them that caches do not answer for memory."""
     backend = backend_for(shape.device)
     weight = _random_weight(shape, n)
-    copies = rotation(shape.device, weight.nbytes)
-    kernels = [backend.prepare(weight) for _ in range(copies)]
+    first = backend.prepare(weight)
+    kernels = [first, *(_copy(first) for _ in range(rotation(shape.device, weight.nbytes) - 1))]
 
     def rotating(count: int, call: Callable[[int, torch.Tensor], object]) -> Callable[[torch.Tensor], object]:
         state = {"at": 0}
@@ -180,17 +222,43 @@ def _variants(shape: Shape, n: int, with_twins: bool) -> dict[str, Callable[[tor
 
         return run
 
-    variants: dict[str, Callable[[torch.Tensor], object]] = {}
-    for name in without_twin(shape.device):
-        linear = backend.int4_linear if name == "int4" else backend.fused_linear
-        variants[name] = rotating(len(kernels), lambda i, x, linear=linear: linear(x, kernels[i], None))  # type: ignore[misc]
-    for dtype in backend.twin_dtypes(shape.dtype) if with_twins else ():
-        count = rotation(shape.device, n * shape.k * dtype.itemsize)
-        twins = [backend.empty_twin(n, shape.k, dtype, shape.device) for _ in range(count)]
-        for twin in twins:
-            backend.expand(kernels[0], twin)
-        variants[twin_choice(dtype)] = rotating(count, lambda i, x, twins=twins: dense_linear(x, twins[i], None))  # type: ignore[misc]
-    return variants
+    found: dict[str, Callable[[torch.Tensor], object]] = {}
+    for name in names:
+        if not name.startswith("twin:"):
+            path = Path[name.upper()]
+            found[name] = rotating(len(kernels), lambda i, x, path=path: int4_path(path, x, kernels[i], None))  # type: ignore[misc]
+            continue
+        kind = name.removeprefix("twin:")
+        count = rotation(shape.device, twin.nbytes(kind, n, shape.k, shape.device))
+        twins = [twin.empty(kind, n, shape.k, shape.device) for _ in range(count)]
+        for one in twins:
+            twin.fill(kernels[0], *one)
+        if kind == "int8" and n < shape.n:
+            slices = [int8_slice(data, scales, n / shape.n) for data, scales in twins if scales is not None]
+            found[name] = rotating(count, lambda i, x, slices=slices: slices[i](x))  # type: ignore[misc]
+            continue
+        found[name] = rotating(count, lambda i, x, twins=twins: twin.linear(x, twins[i][0], twins[i][1], None))  # type: ignore[misc]
+    return found
+
+
+def _copy(w: KernelWeight) -> KernelWeight:
+    zeros = w.zeros.clone() if w.zeros is not None else None
+    return dataclasses.replace(w, packed=w.packed.clone(), scales=w.scales.clone(), zeros=zeros)
+
+
+def int8_slice(data: torch.Tensor, scales: torch.Tensor, share: float) -> Callable[[torch.Tensor], object]:
+    """What an int8 twin takes for a share of its rows: their product, and that share of rounding the activations, which a call
+    does once however many rows it multiplies them with.
+    """
+    rounded: list[torch.Tensor] = []
+
+    def run(x: torch.Tensor) -> object:
+        if not rounded or rounded[0] is not x:
+            rounded[:] = [x, *int8.quantize_rows(x)]
+        int8.quantize_rows(x[: math.ceil(len(x) * share)])
+        return int8.multiply(rounded[1], rounded[2], data, scales, None, x.dtype)
+
+    return run
 
 
 def _random_weight(shape: Shape, n: int) -> Int4Weight:
@@ -208,7 +276,3 @@ def _random_weight(shape: Shape, n: int) -> Int4Weight:
         order = torch.randperm(shape.k, generator=generator, device=shape.device)
         g_idx = (order // shape.group_size).to(torch.int32)
     return Int4Weight(words, scales, zeros, g_idx, shape.group_size, shape.k)
-
-
-def _path_of(choice: str) -> Path:
-    return Path.TWIN if choice.startswith("twin:") else Path[choice.upper()]

@@ -4,11 +4,12 @@ cores.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from twinweight import presets, synth
+from twinweight import presets, synth, twin
 from twinweight.bench import Workload, bench
 from twinweight.engines.hf import load
 from twinweight.errors import ConfigError
@@ -25,7 +26,9 @@ PROMPTS = (
 
 
 def quality(model_dir: Path) -> dict[str, Any]:
-    """Perplexity and greedy text of the shipped model, per arm. Raises ConfigError where it is not there."""
+    """Perplexity and greedy text of the shipped model, per arm; what 8-bit twins cost it, and what int4 itself did when it was
+    quantized ("int4_cost": {"tokens", "ppl_bf16", "ppl_int4"} or None). Raises ConfigError where there is no model.
+    """
     from transformers import AutoTokenizer
 
     text = model_dir / "heldout.txt"
@@ -33,7 +36,9 @@ def quality(model_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"no trained model at {model_dir}: run this from the repository, or name the directory")
     model = load(model_dir, mode="soft", progress=False)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    return compare(model, tokenizer, text.read_text(encoding="utf-8"), PROMPTS)
+    found = compare(model, tokenizer, text.read_text(encoding="utf-8"), PROMPTS, kinds=tuple(twin.LOSSY))
+    log = model_dir / "train.json"
+    return found | {"int4_cost": json.loads(log.read_text(encoding="utf-8")).get("shipped_text") if log.exists() else None}
 
 
 def speed(directory: Path, *, repeats: int, prompt_tokens: int, step: Callable[[str], None] | None = None) -> dict[str, Any]:

@@ -27,6 +27,10 @@ class UnsupportedError(CheckpointError):
     """A valid checkpoint of a kind that Twinweight does not run (8-bit, activation quantization, ...)."""
 
 
+class TraceError(CheckpointError):
+    """A profiler trace that is empty, cut off, damaged, or no trace at all."""
+
+
 class BudgetError(TwinweightError):
     """The twins of mode `hard` do not fit; the message carries the arithmetic, `missing` the bytes that are short."""
 

@@ -11,12 +11,14 @@ from twinweight.engines.hf import describe, kv_bytes_per_token
 from twinweight.kernels import backend_for
 from twinweight.linear import Int4Linear
 from twinweight.plan import GIB
+from twinweight.twin import dequantize
 from twinweight.twins import int4_linears, twin_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IDENTITY_ROWS = 256
+_ROUNDED = 0.05  # e4m3 has steps of 1/16 to 1/8 of a value; int8 is off by less
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -47,27 +49,43 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def check_loaded(model: PreTrainedModel) -> dict[str, Any]:
     """Feed identity rows through the int4 path of one weight of each shape, compare with its expansion, run one forward pass.
 
-    Returns {"ok", "checked": [{"name", "n", "k", "twin", "exact"}], "finite", ...}.
+    An 8-bit twin rounds: its weight may be off by 5 % (rms), which is e4m3's; a stale or broken one is off by more.
+    Returns {"ok", "checked": [{"name", "n", "k", "twin", "exact", "rounded"}], "finite", ...}.
     """
     linears = int4_linears(model)
     seen: dict[tuple[int, int, int, bool], str] = {}
     for name, linear in linears.items():
         seen.setdefault((linear.out_features, linear.in_features, linear.checkpoint_group_size, linear.twin is not None), name)
-    checked = []
+    checked: list[dict[str, Any]] = []
     for name in seen.values():
         linear = linears[name]
-        twin = str(linear.twin.dtype).removeprefix("torch.") if linear.twin is not None else "none"
+        twin = linear.twin_kind or "none"
         checked.append(
-            {"name": name, "n": linear.out_features, "k": linear.in_features, "twin": twin, "exact": is_exact(linear)}
-        )
+            {
+                "name": name, "n": linear.out_features, "k": linear.in_features, "twin": twin, "exact": is_exact(linear),
+                "rounded": rounded(linear),
+            }
+        )  # fmt: skip
+    good = all(c["exact"] and c["rounded"] < _ROUNDED for c in checked)
     with torch.inference_mode():
         ids = torch.arange(16, device=model.device).unsqueeze(0)
         finite = bool(torch.isfinite(model(input_ids=ids).logits).all())
     return {
-        "ok": finite and all(c["exact"] for c in checked), "architecture": type(model).__name__, "device": str(model.device),
+        "ok": finite and good, "architecture": type(model).__name__, "device": str(model.device),
         "weights": len(linears), "twins": sum(m.twin is not None for m in linears.values()), "twin_gib": twin_bytes(model) /
         GIB, "finite": finite, "checked": checked,
     }  # fmt: skip
+
+
+def rounded(linear: Int4Linear) -> float:
+    """What a twin of 8 bits lost of its weight: rms of the difference over rms of the weight; 0 for any other."""
+    if linear.twin is None or linear.twin_scales is None:
+        return 0.0
+    backend = backend_for(linear.packed.device)
+    dense = backend.empty_twin(linear.out_features, linear.in_features, linear.scales.dtype, linear.packed.device)
+    backend.expand(linear.kernel_weight, dense)
+    error = dequantize(linear.twin, linear.twin_scales) - dense
+    return float(error.square().mean().sqrt() / dense.float().square().mean().sqrt().clamp_min(1e-30))
 
 
 def is_exact(linear: Int4Linear, rows: int = _IDENTITY_ROWS) -> bool:
@@ -77,7 +95,7 @@ def is_exact(linear: Int4Linear, rows: int = _IDENTITY_ROWS) -> bool:
     backend = backend_for(linear.packed.device)
     dtype, device = linear.scales.dtype, linear.packed.device
     n, k = linear.out_features, linear.in_features
-    dense = linear.twin
+    dense = linear.twin if linear.twin_scales is None else None
     if dense is None:
         dense = backend.empty_twin(n, k, dtype, device)
         backend.expand(linear.kernel_weight, dense)

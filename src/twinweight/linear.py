@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twinweight import ops  # noqa: F401  (registers the op)
+from twinweight import twin as twins
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, Route
@@ -42,6 +43,7 @@ class Int4Linear(nn.Module):
     zeros: Tensor | None
     perm: Tensor | None
     twin: Tensor | None
+    twin_scales: Tensor | None
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class Int4Linear(nn.Module):
             self.register_buffer(name, getattr(kernel, name), persistent=False)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         self.register_buffer("twin", None, persistent=False)
+        self.register_buffer("twin_scales", None, persistent=False)
         self.use_twin = True
         self.route_without_twin = Route.always(Path.INT4)
         self.route_with_twin = Route.always(Path.INT4)
@@ -69,6 +72,7 @@ class Int4Linear(nn.Module):
             self.perm,
             self.bias,
             twin,
+            self.twin_scales if twin is not None else None,
             route.flat(),
             self.group_size,
             self.out_features,
@@ -87,24 +91,33 @@ class Int4Linear(nn.Module):
             self.kernel_weight, symmetric=self.symmetric, group_size=self.checkpoint_group_size
         )
 
-    def build_twin(self, dtype: torch.dtype) -> None:
-        """Expand the int4 weight into the twin: in place where one of this dtype exists, else into new memory.
+    @property
+    def twin_kind(self) -> str | None:
+        """The kind of the twin there is: "bfloat16", "int8", ..."""
+        return twins.kind_of(self.twin, self.twin_scales) if self.twin is not None else None
 
+    @property
+    def twin_bytes(self) -> int:
+        """Bytes that the twin holds, padding and scales included."""
+        return sum(t.untyped_storage().nbytes() for t in (self.twin, self.twin_scales) if t is not None)
+
+    def build_twin(self, kind: str | torch.dtype) -> None:
+        """Make the twin from the int4 weight: in place where one of this kind exists, else in new memory.
+
+        kind: as in `twin`; a dtype is the dense kind of that dtype.
         Raises torch.OutOfMemoryError (GPU) or MemoryError/RuntimeError (CPU); the module then has no twin.
         """
-        backend = backend_for(self.packed.device)
-        if self.twin is None or self.twin.dtype != dtype:
-            self.twin = None
-            twin = backend.empty_twin(self.out_features, self.in_features, dtype, self.packed.device)
-        else:
-            twin = self.twin
-        with torch.no_grad():
-            backend.expand(self.kernel_weight, twin)
-        self.twin = twin
+        kind = str(kind).removeprefix("torch.")
+        data, scales = self.twin, self.twin_scales
+        if data is None or self.twin_kind != kind:
+            self.drop_twin()
+            data, scales = twins.empty(kind, self.out_features, self.in_features, self.packed.device)
+        twins.fill(self.kernel_weight, data, scales)
+        self.twin, self.twin_scales = data, scales
 
     def drop_twin(self) -> None:
         """Free the twin; calls take the paths without it from now on."""
-        self.twin = None
+        self.twin = self.twin_scales = None
 
     def set_weight(self, weight: Int4Weight) -> None:
         """New values of the same kind, written in place; a twin is refreshed in place. Raises ValueError on a mismatch."""
@@ -117,8 +130,8 @@ class Int4Linear(nn.Module):
         for name in _INT4:
             if (old := getattr(self, name)) is not None:
                 old.copy_(getattr(kernel, name))
-        if self.twin is not None:
-            self.build_twin(self.twin.dtype)
+        if (held := self.twin_kind) is not None:
+            self.build_twin(held)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         """`.to()` and friends. Another device has another layout, and the twin is derived: both are made anew there."""
@@ -127,20 +140,29 @@ class Int4Linear(nn.Module):
             return self
         if probe.is_meta:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-        twin_dtype = self.twin.dtype if self.twin is not None else None
-        if twin_dtype == self.scales.dtype:
-            twin_dtype = probe.dtype
+        kind = self.twin_kind
         weight = self.int4_weight.to(probe.device, probe.dtype)
-        self.twin = None
+        kind = self._kind_there(kind, probe) if kind is not None else None
+        self.drop_twin()
         kernel = backend_for(probe.device).prepare(weight)
         self.group_size = kernel.group_size
         for name in _INT4:
             setattr(self, name, getattr(kernel, name))
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
-        if twin_dtype is not None:
-            self.build_twin(twin_dtype if twin_dtype in backend_for(probe.device).twin_dtypes(probe.dtype) else probe.dtype)
+        if kind is not None:
+            self.build_twin(kind)
         return self
+
+    def _kind_there(self, kind: str, probe: Tensor) -> str:
+        """What a twin becomes where `probe` is: of the same kind, or dense where that is not possible there."""
+        same = str(self.scales.dtype).removeprefix("torch.") == kind
+        if kind in twins.LOSSY:
+            n, k, group = self.out_features, self.in_features, self.checkpoint_group_size
+            possible = twins.refusal(kind, n, k, group, self.perm is not None, probe.device) is None
+        else:
+            possible = not same and kind in twins.dense_kinds(probe.dtype, probe.device)
+        return kind if possible else str(probe.dtype).removeprefix("torch.")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -171,6 +193,6 @@ class Int4Linear(nn.Module):
             error_msgs.append(f"{prefix}: {error}")
 
     def extra_repr(self) -> str:
-        twin = str(self.twin.dtype).removeprefix("torch.") if self.twin is not None else "none"
+        twin = self.twin_kind or "none"
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.in_features}, {self.out_features}, group_size={self.checkpoint_group_size}, {kind}, twin={twin}"

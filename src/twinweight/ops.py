@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from twinweight import paths
-from twinweight.kernels import backend_for, dense_linear
+from twinweight import twin as twins
+from twinweight.kernels import int4_path
 from twinweight.kernels.prepared import KernelWeight
+from twinweight.labels import labelled
 
 _library = torch.library.Library("twinweight", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
     "linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor? bias, Tensor? twin, "
-    "int[] route, int group_size, int n) -> Tensor"
+    "Tensor? twin_scales, int[] route, int group_size, int n) -> Tensor"
 )
 
 
@@ -29,14 +31,15 @@ def linear(
     perm: Tensor | None,
     bias: Tensor | None,
     twin: Tensor | None,
+    twin_scales: Tensor | None,
     route: list[int],
     group_size: int,
     n: int,
 ) -> Tensor:
     """x: [..., K] -> [..., N] by the path that `route` (`Route.flat()`) names for the product of x's leading sizes.
 
-    packed, scales, zeros, perm, group_size: a `KernelWeight`; twin: [N, K] or None. Raises TypeError where x has another
-    dtype than the scales, ValueError where the route leads to a twin that is not there.
+    packed, scales, zeros, perm, group_size: a `KernelWeight`; twin, twin_scales: of any kind (`twin.py`), or None.
+    Raises TypeError where x has another dtype than the scales, ValueError where the route leads to a twin that is not there.
     """
     if x.dtype != scales.dtype:
         raise TypeError(f"activations are {x.dtype}, the int4 weight was loaded for {scales.dtype}")
@@ -45,15 +48,15 @@ def linear(
     path = paths.pick(route, m)
     paths.count(path, m)
     if m == 0:
-        y = x.new_empty(0, n)
-    elif path == paths.Path.TWIN:
-        if twin is None:
-            raise ValueError("the route leads to the twin, but this weight has none")
-        y = dense_linear(rows, twin, bias)
-    else:
-        w = KernelWeight(packed, scales, zeros, perm, group_size, n, x.shape[-1])
-        backend = backend_for(x.device)
-        y = (backend.int4_linear if path == paths.Path.INT4 else backend.fused_linear)(rows, w, bias)
+        return x.new_empty(*x.shape[:-1], n)
+    with labelled(path, m, n, x.shape[-1]):
+        if path == paths.Path.TWIN:
+            if twin is None:
+                raise ValueError("the route leads to the twin, but this weight has none")
+            y = twins.linear(rows, twin, twin_scales, bias)
+        else:
+            w = KernelWeight(packed, scales, zeros, perm, group_size, n, x.shape[-1])
+            y = int4_path(path, rows, w, bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -65,6 +68,7 @@ def _fake(
     perm: Tensor | None,
     bias: Tensor | None,
     twin: Tensor | None,
+    twin_scales: Tensor | None,
     route: list[int],
     group_size: int,
     n: int,

@@ -1,12 +1,14 @@
-"""`plan`: which weights get a twin. A pure function of sizes, measured times and a budget; it touches no device."""
+"""`plan`: which weights get a twin. A pure function of sizes, measured times, a workload and a budget; no device is touched."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 from twinweight.errors import BudgetError, ConfigError
+from twinweight.knapsack import Item, solve
+from twinweight.workload import Workload
 
 Mode = Literal["off", "soft", "hard"]
 GIB = 1 << 30
@@ -24,15 +26,21 @@ def check_mode(value: str) -> Mode:
 
 @dataclass(frozen=True)
 class TwinOption:
-    """A twin that a weight could have.
+    """Something derived that a weight could have: a twin of some dtype, or a copy that opens another path.
 
-    dtype: its name ("bfloat16"). nbytes: padding included. saved_us: microseconds it saves in a prefill-sized call, against
-    the best path without a twin; at most 0 where it does not pay.
+    name: a twin's dtype ("bfloat16"), or what the copy is called. nbytes: padding included. saved_us: microseconds it saves in
+    an average call of the workload, against the best path without it; at most 0 where it does not pay.
     """
 
-    dtype: str
+    name: str
     nbytes: int
     saved_us: float
+    is_twin: bool = True
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of a twin."""
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,13 @@ class TwinCandidate:
     options: tuple[TwinOption, ...]
 
 
+class Offer(Protocol):
+    """What one kind of weight could have."""
+
+    def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+        """Each form with its bytes and what it saves under a workload."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Bytes, read once, from which everything else is computed.
@@ -50,7 +65,8 @@ class Budget:
     total, free: of the device, `free` when the int4 weights are in place. utilization: share of `total` that may be used at
     all.
     transient: peak of temporaries while a twin is built. kv_floor: KV cache that twins may never take.
-    reserves: what else must stay free, by name (activations, CUDA graphs).
+    reserves: what else must stay free, by name (activations, graphs, scratch).
+    weights: what the model's weights take, out of `free` already.
     """
 
     total: int
@@ -59,6 +75,7 @@ class Budget:
     transient: int = 0
     kv_floor: int = 0
     reserves: tuple[tuple[str, int], ...] = ()
+    weights: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
@@ -79,9 +96,27 @@ class Budget:
         """What twins may use: the spendable bytes less the KV floor, the reserves and the transient of building one."""
         return max(0, self.spendable - self.kv_floor - self.transient - sum(n for _, n in self.reserves))
 
+    def kv_bytes(self, twin_bytes: int) -> int:
+        """What is left for the KV cache beside twins; below 0 where weights and reserves alone are too much."""
+        return self.free - self.untouchable - sum(n for _, n in self.reserves) - twin_bytes
+
+    def lines(self) -> dict[str, int]:
+        """Bytes by line; "for twins" is what the others leave."""
+        return {
+            "total": self.total,
+            "kept free": self.untouchable,
+            "weights": self.weights,
+            "in use by others": max(0, self.total - self.free - self.weights),
+            **dict(self.reserves),
+            "peak of building a twin": self.transient,
+            "KV floor": self.kv_floor,
+            "for twins": self.for_twins,
+        }
+
     def arithmetic(self, wanted: int) -> str:
         """The sum that decides, line by line, with the bytes that all twins would need."""
         rows = [
+            *([("total", self.total), ("weights", -self.weights)] if self.weights else []),
             ("free memory", self.free),
             (f"kept free: total {self.total / GIB:.2f} GiB x (1 - utilization {self.utilization:g})", -self.untouchable),
             ("KV floor", -self.kv_floor),
@@ -92,28 +127,34 @@ class Budget:
         ]
         return "\n".join(f"  {label:<58}{nbytes / GIB:>10.3f} GiB" for label, nbytes in rows)
 
-    def levers(self, wanted: int) -> str:
-        """The three settings that would make room, biggest first."""
+    def levers(self, wanted: int, more: Sequence[tuple[int, str]] = (), mode: Mode = "hard") -> str:
+        """The three settings that would make room, biggest first. more: others, with the bytes that each could free."""
         short = wanted - self.for_twins
         options = [
+            *more,
             (self.untouchable, "raise utilization"),
             (self.kv_floor, "lower the KV floor"),
-            (wanted, "use mode soft or off"),
+            *([(wanted, "use mode soft or off")] if mode == "hard" else []),
             *((nbytes, f"lower the reserve for {name}") for name, nbytes in self.reserves),
         ]
-        options.append((max(0, self.total - self.free - self.untouchable), "free memory that other processes or models hold"))
+        held = max(0, self.total - self.free - self.weights - self.untouchable)
+        options.append((held, "free memory that other processes or models hold"))
         ranked = sorted(options, reverse=True)[:3]
         return f"{short / GIB:.3f} GiB short; " + "; ".join(f"{what} (up to {n / GIB:.2f} GiB)" for n, what in ranked)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided. twins: weight name -> its option; missed: weights whose twin pays but does not fit."""
+    """What was decided. twins: weight name -> its option; missed: weights whose twin pays but does not fit.
+
+    gap: share by which another choice could at most save more; 0 is proven best.
+    """
 
     mode: Mode
     budget: Budget
     twins: dict[str, TwinOption]
     missed: dict[str, TwinOption]
+    gap: float = 0.0
 
     @property
     def twin_bytes(self) -> int:
@@ -125,33 +166,62 @@ class Plan:
         """Bytes that the missed twins would need."""
         return sum(o.nbytes for o in self.missed.values())
 
+    @property
+    def saved_us(self) -> float:
+        """Microseconds that all planned twins save in an average call of each weight."""
+        return sum(o.saved_us for o in self.twins.values())
 
-def plan(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> Plan:
-    """Choose twins by time saved per byte until the budget is spent.
 
-    `off` chooses none. `soft` takes what fits. `hard` takes all that pay, or raises BudgetError, with the arithmetic, before
-    anything is allocated. Ties go to the earlier candidate, so that equal inputs give equal plans on every rank.
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, Offer], workload: Workload, mode: Mode) -> Plan:
+    """Choose the twins that save the most time under a workload, within a budget.
+
+    weights: name -> kind, in module order; crossovers: what each kind could have and would save (`measured.Costs`).
+    See `choose` for modes and errors.
     """
     if mode == "off":
         return Plan(mode, budget, {}, {})
-    best = {c.name: max(c.options, key=lambda o: o.saved_us) for c in candidates if any(o.saved_us > 0 for o in c.options)}
-    wanted = sum(o.nbytes for o in best.values())
+    options = {kind: crossovers[kind].options(workload) for kind in dict.fromkeys(weights.values())}
+    return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode)
+
+
+def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> Plan:
+    """Choose the options that save the most time, exactly (`knapsack.solve`): at most one a weight, within the budget.
+
+    `off` chooses none. `soft` takes what fits. `hard` gives a twin to every weight that gains from one, or raises BudgetError,
+    with the arithmetic, before anything is allocated. Of weights with equal options the earlier get the better one, so that
+    equal inputs give equal plans on every rank.
+    """
+    if mode == "off":
+        return Plan(mode, budget, {}, {})
+    paying = [(c.name, options) for c in candidates if (options := _paying(c, mode))]
     if mode == "hard":
+        wanted = sum(min(o.nbytes for o in options) for _, options in paying)
         if wanted > budget.for_twins:
             raise BudgetError(
-                f"mode hard: {len(best)} twins do not fit\n{budget.arithmetic(wanted)}\n{budget.levers(wanted)}",
+                f"mode hard: {len(paying)} twins do not fit\n{budget.arithmetic(wanted)}\n{budget.levers(wanted)}",
                 missing=wanted - budget.for_twins,
             )
-        return Plan(mode, budget, best, {})
+    shapes: dict[tuple[TwinOption, ...], list[str]] = {}
+    for name, options in paying:
+        shapes.setdefault(options, []).append(name)
+    none = () if mode == "hard" else ((0, 0.0),)
+    items = [Item(len(names), (*((o.nbytes, o.saved_us) for o in os), *none)) for os, names in shapes.items()]
+    solution = solve(items, budget.for_twins)
     twins: dict[str, TwinOption] = {}
-    left = budget.for_twins
-    pairs = [(c.name, o) for c in candidates for o in c.options if o.saved_us > 0]
-    for name, option in sorted(pairs, key=lambda p: -p[1].saved_us / p[1].nbytes):
-        upgrade = option.nbytes - (twins[name].nbytes if name in twins else 0)
-        better = name not in twins or option.saved_us > twins[name].saved_us
-        if better and upgrade <= left:
-            twins[name] = option
-            left -= upgrade
-    order = {c.name: i for i, c in enumerate(candidates)}
-    chosen = dict(sorted(twins.items(), key=lambda p: order[p[0]]))
-    return Plan(mode, budget, chosen, {n: o for n, o in best.items() if n not in twins})
+    for (options, names), taken in zip(shapes.items(), solution.taken, strict=True):
+        best_first = sorted(range(len(options)), key=lambda o: -options[o].saved_us)
+        given = [options[o] for o in best_first for _ in range(taken[o])]
+        twins.update(zip(names, given, strict=False))
+    chosen = {name: twins[name] for name, _ in paying if name in twins}
+    missed = {name: max(options, key=lambda o: o.saved_us) for name, options in paying if name not in twins}
+    return Plan(mode, budget, chosen, missed, solution.gap)
+
+
+def _paying(candidate: TwinCandidate, mode: Mode) -> tuple[TwinOption, ...]:
+    """The options worth their bytes; in mode `hard` a copy is no twin where there is one."""
+    paying = tuple(o for o in candidate.options if o.saved_us > 0)
+    twins = tuple(o for o in paying if o.is_twin)
+    return twins if mode == "hard" and twins else paying

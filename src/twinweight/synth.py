@@ -69,7 +69,7 @@ def write(
     if seed < 0 or shard_bytes < 1:
         raise ConfigError(f"expected seed >= 0 and shard_bytes >= 1, found seed={seed}, shard_bytes={shard_bytes}")
     model = skeleton(config)
-    quantized = _quantized_modules(model)
+    quantized = quantized_modules(model)
     entries = list(_entries(model, quantized, recipe))
     total = sum(e.nbytes for e in entries)
     _prepare(out, total, {"seed": seed, **asdict(recipe)})
@@ -124,7 +124,7 @@ def _decoder_prefix(model: Any) -> str:
     return names[0] + "."
 
 
-def _quantized_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
+def quantized_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(N, K) of each linear module that a W4A16 checkpoint stores in 4 bits: those of the decoder, not the head or a tower."""
     prefix = _decoder_prefix(model)
     return {

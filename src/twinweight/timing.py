@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,21 +13,38 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call took: the median of the repeats, the least and the most."""
+    """Seconds a call took: the median of the repeats, the least and the most.
+
+    doubt: how far the least may be off, as a share; None follows from the median.
+    """
 
     median: float
     min: float
     max: float
+    doubt: float | None = None
 
     @staticmethod
     def of(samples: list[float]) -> Timing:
-        """Summarise samples in seconds."""
-        return Timing(statistics.median(samples), min(samples), max(samples))
+        """Summarise samples in seconds.
+
+        Where there are many, the doubt is what lies between the least and the quarter above it: on a busy machine half of the
+        samples can be a thousand times too long (a thread that waits for its core), and the lower ones are still right.
+        """
+        ordered = sorted(samples)
+        quarter = ordered[(len(ordered) - 1) // 4]
+        doubt = 0.5 * (quarter - ordered[0]) / quarter if len(ordered) >= 8 and quarter else None
+        return Timing(statistics.median(ordered), ordered[0], ordered[-1], doubt)
 
     @property
     def spread(self) -> float:
-        """How far the median may be off, as a share of it: half the distance from the least to the median."""
+        """How far the time may be off, as a share of it: half the distance from the least to the median, or `doubt`."""
+        if self.doubt is not None:
+            return self.doubt
         return 0.5 * (self.median - self.min) / self.median if self.median else 0.0
+
+    def times(self, factor: float) -> Timing:
+        """The same for calls `factor` times as long."""
+        return Timing(self.median * factor, self.min * factor, self.max * factor, self.doubt)
 
     def scaled(self, factor: float, digits: int = 3) -> dict[str, float]:
         """{"median", "min", "max"} in another unit, for JSON."""
@@ -34,19 +52,34 @@ class Timing:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, device: torch.device, repeats: int = 3, warmup: int = 1
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device,
+    repeats: int = 3,
+    warmup: int = 1,
+    enough: int = 0,
+    patience: float = 0.0,
+    hopeless: float = math.inf,
 ) -> dict[str, Timing]:
     """Time each variant `repeats` times, in turn (a, b, a, b, ...), after `warmup` uncounted rounds.
 
-    On a GPU with events, elsewhere with the clock. The caller rotates buffers and captures graphs where a variant is short.
+    enough, patience: rounds are added until there are `enough` samples or `patience` seconds are over. hopeless: a variant with
+    a least of so many times the best's is left out of those. On a GPU with events, elsewhere with the clock. The caller rotates
+    buffers and captures graphs where a variant is short.
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(warmup + repeats):
-        for name, call in variants.items():
+    left = dict(variants)
+    round_, started = 0, time.perf_counter()
+    while round_ < warmup + repeats or (round_ < warmup + enough and time.perf_counter() - started < patience):
+        if round_ == warmup + repeats:
+            best = min(min(s) for s in samples.values())
+            left = {name: call for name, call in variants.items() if min(samples[name]) < hopeless * best}
+        for name, call in left.items():
             seconds = clock(call, device)
             if round_ >= warmup:
                 samples[name].append(seconds)
+        round_ += 1
     return {name: Timing.of(s) for name, s in samples.items()}
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from twinweight.crossover import Crossovers, Shape, twin_choice, without_twin
+from twinweight import twin
+from twinweight.crossover import Crossovers, Shape, twin_choice
 from twinweight.errors import ConfigError
-from twinweight.kernels import backend_for
 from twinweight.linear import Int4Linear
+from twinweight.measured import Costs, Form, Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
-from twinweight.plan import GIB, Budget, Mode, Plan, TwinCandidate, TwinOption, plan
+from twinweight.plan import GIB, Budget, Mode, Plan, plan
+from twinweight.workload import Workload
 
 log = logging.getLogger("twinweight")
 
@@ -55,50 +56,73 @@ def shape_of(linear: Int4Linear) -> Shape:
     )  # fmt: skip
 
 
-def candidates(shapes: Mapping[str, Shape], crossovers: Crossovers) -> list[TwinCandidate]:
-    """Each weight with the twins it could have, and what a prefill-sized call would save with each."""
-    out = []
-    for name, s in shapes.items():
-        backend, measured = backend_for(s.device), crossovers.get(s)
-        plain = without_twin(s.device)
-        options = tuple(
-            TwinOption(
-                str(dtype).removeprefix("torch."),
-                backend.twin_bytes(s.n, s.k, dtype, s.device),
-                measured.saved(twin_choice(dtype), plain) * 1e6 * s.n / measured.n,
-            )
-            for dtype in backend.twin_dtypes(s.dtype)
-        )
-        out.append(TwinCandidate(name, options))
-    return out
+def lossy_kinds(shape: Shape, request: str) -> tuple[list[str], list[str]]:
+    """Of the 8-bit kinds asked for (`twin.REQUESTS`): those that a weight of this shape can have, and why not the others."""
+    found, reasons = [], []
+    for kind in twin.REQUESTS[request]:
+        reason = twin.refusal(kind, shape.n, shape.k, shape.group_size, shape.act_order, shape.device)
+        found += [kind] if reason is None else []
+        reasons += [f"{kind}: {reason}"] if reason is not None else []
+    return found, reasons
 
 
-def decide(shapes: Mapping[str, Shape], budget: Budget, mode: Mode, crossovers: Crossovers) -> Plan:
-    """Measure what is not yet measured and choose twins; says once where `soft` leaves some out.
+def costs_of(shape: Shape, crossovers: Crossovers, lossy: Sequence[str] = ()) -> Costs:
+    """The twins a weight of this shape could have, with the measured times that say what each is worth. lossy: 8-bit kinds."""
+    measured = crossovers.get(shape, lossy=lossy)
+    twins = tuple(
+        Form(kind, twin.nbytes(kind, shape.n, shape.k, shape.device), (*measured.plain, twin_choice(kind)))
+        for kind in (*twin.dense_kinds(shape.dtype, shape.device), *lossy)
+    )
+    return Costs(measured, Form("none", 0, measured.plain), twins, shape.n)
 
+
+def decide(
+    shapes: Mapping[str, Shape],
+    budget: Budget,
+    mode: Mode,
+    crossovers: Crossovers,
+    workload: Workload | None = None,
+    request: str = "dense",
+) -> Plan:
+    """Measure what is not yet measured and choose twins; says once where `soft` leaves some out, or where 8 bits do not go.
+
+    workload: the rows of calls to choose for; None is `Workload.prefill()`. request: 8-bit kinds besides (`twin.REQUESTS`).
     Raises BudgetError in mode `hard` where not all fit.
     """
     if mode == "off":
-        return plan([], budget, mode)
-    result = plan(candidates(shapes, crossovers), budget, mode)
+        return Plan(mode, budget, {}, {})
+    distinct = {shape: lossy_kinds(shape, request) for shape in dict.fromkeys(shapes.values())}
+    dense = [shape for shape in shapes.values() if request != "dense" and not distinct[shape][0]]
+    if dense:
+        reasons = dict.fromkeys(reason for shape in dense for reason in distinct[shape][1])
+        log.warning("%d of %d weights get dense twins, not %s. %s", len(dense), len(shapes), request, "; ".join(reasons))
+    costs = {shape: costs_of(shape, crossovers, kinds) for shape, (kinds, _) in distinct.items()}
+    result = plan(shapes, budget, costs, workload or Workload.prefill(), mode)
     if result.missed:
         wanted = result.twin_bytes + result.missed_bytes
         log.warning(
             "mode soft: %d of %d twins do not fit, %.3f GiB of %.3f GiB; those weights stay int4. %s",
             len(result.missed), len(result.missed) + len(result.twins), result.missed_bytes / GIB, wanted / GIB,
-            budget.levers(wanted),
+            budget.levers(wanted, mode=mode),
         )  # fmt: skip
     return result
 
 
 def set_routes(model: nn.Module, crossovers: Crossovers, mode: Mode) -> None:
     """Give every int4 weight its routes. In mode `off` nothing about twins is measured."""
+    routes: dict[tuple[Shape, str | None], tuple[Route, Route]] = {}
     for linear in int4_linears(model).values():
-        measured = crossovers.get(shape_of(linear), with_twins=mode != "off")
-        plain = without_twin(linear.packed.device)
-        linear.route_without_twin = measured.route(plain)
-        if linear.twin is not None:
-            linear.route_with_twin = measured.route([*plain, twin_choice(linear.twin.dtype)])
+        key = shape, kind = shape_of(linear), linear.twin_kind
+        if key not in routes:
+            measured = crossovers.get(shape, with_twins=mode != "off", lossy=[kind] if kind in twin.LOSSY else ())
+            without = measured.route(_plain(measured, mode))
+            routes[key] = without, measured.route([*measured.plain, twin_choice(kind)]) if kind is not None else without
+        linear.route_without_twin, linear.route_with_twin = routes[key]
+
+
+def _plain(measured: Measured, mode: Mode) -> list[str]:
+    """The choices of a weight without a twin; nothing is expanded in mode `off`."""
+    return [c for c in measured.plain if mode != "off" or c != "stream"]
 
 
 def build_twins(model: nn.Module, progress: Callable[[str], None] | None = None) -> int:
@@ -111,7 +135,7 @@ def build_twins(model: nn.Module, progress: Callable[[str], None] | None = None)
     built = 0
     for name, option in state.plan.twins.items():
         try:
-            linears[name].build_twin(getattr(torch, option.dtype))
+            linears[name].build_twin(option.dtype)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -135,16 +159,14 @@ def drop_twins(model: nn.Module) -> int:
     """
     freed = 0
     for linear in int4_linears(model).values():
-        if linear.twin is not None:
-            freed += linear.twin.untyped_storage().nbytes()
-            linear.drop_twin()
+        freed += linear.twin_bytes
+        linear.drop_twin()
     return freed
 
 
 def twin_bytes(model: nn.Module) -> int:
     """Bytes that the twins of a model hold now."""
-    twins = [linear.twin for linear in int4_linears(model).values() if linear.twin is not None]
-    return sum(t.untyped_storage().nbytes() for t in twins)
+    return sum(linear.twin_bytes for linear in int4_linears(model).values())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import transformers
 import twinweight
 from tests.formats import writers
 from tests.helpers import assert_close
-from twinweight import memory, paths, synth, twins
+from twinweight import memory, paths, synth, twin, twins
 from twinweight.crossover import Crossovers, Measured, Shape
 from twinweight.engines import hf
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, UnsupportedError
+from twinweight.kernels import int8
 from twinweight.linear import Int4Linear
 from twinweight.timing import Timing
 from twinweight.twins import int4_linears
@@ -31,19 +33,26 @@ TINY = {
 
 
 class Fixed(Crossovers):
-    """Crossovers without a clock: int4 below 8 rows, the twin (of one dtype) from there on."""
+    """Crossovers without a clock: int4 below 8 rows, the twin (of one kind) from there on."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: str | torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype = dtype
         self.asked: list[bool] = []
 
-    def get(self, shape: Shape, *, with_twins: bool = True) -> Measured:
+    def get(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
         self.asked.append(with_twins)
         quick, slow, slower = (Timing(t, t, t) for t in (1.0, 2.0, 3.0))
-        times = {"int4": (quick, slow)} | {f"twin:{d}": (slow, slower) for d in ("bfloat16", "float16", "float32")}
+        kinds = ("bfloat16", "float16", "float32", *lossy)
+        times = {"int4": (quick, slow)} | {f"twin:{kind}": (slow, slower) for kind in kinds}
         times[twins.twin_choice(self.dtype)] = (slow, quick)
         return Measured((1, 8), times, shape.n)
+
+
+CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(not int8.available(), reason="needs a CPU with VNNI or AMX")
+KINDS = ["float32", pytest.param("int8", marks=needs_int8)]
+REQUEST = {"float32": None, "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +164,11 @@ def test_off_is_the_same_as_not_having_twins(checkpoint: Path) -> None:
         assert torch.equal(off(input_ids=ids).logits, on(input_ids=ids).logits)
 
 
-def test_twins_drop_and_come_back(checkpoint: Path) -> None:
-    model = load(checkpoint)
+@pytest.mark.parametrize("kind", KINDS)
+def test_twins_drop_and_come_back(checkpoint: Path, kind: str) -> None:
+    model = load(checkpoint, twin_dtype=REQUEST[kind], crossovers=Fixed(kind))
     held = twins.twin_bytes(model)
-    assert held == sum(4 * m.out_features * m.in_features for m in int4_linears(model).values())
+    assert held == sum(twin.nbytes(kind, m.out_features, m.in_features, CPU) for m in int4_linears(model).values())
     names = set(model.state_dict())
     assert not any("twin" in name for name in names | {n for n, _ in model.named_parameters()})
     ids = ids_of(1, 40)
@@ -176,9 +186,9 @@ def test_twins_drop_and_come_back(checkpoint: Path) -> None:
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_reloading_weights_refreshes_twins_in_place(checkpoint: Path, tmp_path: Path) -> None:
-    write(tmp_path, Case("compressed-tensors", dtype="bfloat16", group_size=32))
-    model = load(checkpoint)
+@pytest.mark.parametrize("kind", KINDS)
+def test_reloading_weights_refreshes_twins_in_place(checkpoint: Path, kind: str) -> None:
+    model = load(checkpoint, twin_dtype=REQUEST[kind], crossovers=Fixed(kind))
     name, linear = next(iter(int4_linears(model).items()))
     assert linear.twin is not None
     address, old = linear.twin.data_ptr(), linear.twin.clone()
@@ -187,7 +197,11 @@ def test_reloading_weights_refreshes_twins_in_place(checkpoint: Path, tmp_path: 
     model.load_state_dict(state)
     assert linear.twin.data_ptr() == address
     assert not torch.equal(linear.twin, old)
-    assert torch.equal(linear.twin, linear.int4_weight.dequantize(torch.float32))
+    other = Int4Linear(linear.int4_weight)
+    other.build_twin(kind)
+    assert torch.equal(linear.twin, other.twin)
+    error = (twin.dequantize(linear.twin, linear.twin_scales) - linear.int4_weight.dequantize(torch.float32)).abs().amax(1)
+    assert bool((error <= (0 if linear.twin_scales is None else 0.51 * linear.twin_scales)).all())
 
 
 def at_memory(monkeypatch: pytest.MonkeyPatch, spare: int, total: int = 1 << 40) -> None:
@@ -315,6 +329,7 @@ def test_bad_checkpoints_are_refused(
         ({"device": "cuda"}, "GPU"),
         ({"device": "abacus"}, "abacus"),
         ({"dtype": torch.float32}, "dtype"),
+        ({"twin_dtype": "int4"}, "twin dtype is 'int4', expected one of dense, int8, fp8"),
     ],
 )
 def test_bad_arguments_are_refused(checkpoint: Path, options: dict[str, object], word: str) -> None:

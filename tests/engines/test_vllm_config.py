@@ -17,6 +17,12 @@ def test_additional_config_wins_over_variables() -> None:
     assert resolve({"twinweight": {"mode": "soft", "kv_floor": 32768}}, environ) == Config("soft", kv_floor=32768, crossover=64)
 
 
+def test_the_default_is_exact_and_8_bits_are_asked_for() -> None:
+    assert resolve({"twinweight": {"mode": "soft"}}, {}).dtype == "dense"
+    assert resolve({"twinweight": {"mode": "soft"}}, {"TWINWEIGHT_DTYPE": "int8"}).dtype == "int8"
+    assert resolve({"twinweight": {"mode": "soft", "dtype": "fp8"}}, {"TWINWEIGHT_DTYPE": "int8"}).dtype == "fp8"
+
+
 def test_a_field_may_be_null() -> None:
     assert resolve({"twinweight": {"mode": "soft", "kv_floor": None}}, {}) == Config("soft")
 
@@ -38,8 +44,10 @@ def test_switches(environ: dict[str, str], mode: str) -> None:
     ("given", "message"),
     [
         ({"mode": "sotf"}, r"additional_config\['twinweight'\]\['mode'\].*'sotf'.*off, soft, hard"),
-        ({"mode": 1}, "is 1, expected off, soft or hard"),
-        ({"mode": "soft", "kvfloor": 1}, "unknown field 'kvfloor'; known: mode, kv_floor"),
+        ({"mode": 1}, "mode is 1, expected one of off, soft, hard"),
+        ({"mode": "soft", "kvfloor": 1}, "unknown field 'kvfloor'; known: mode, dtype, kv_floor"),
+        ({"dtype": "int4"}, r"\['dtype'\]: twin dtype is 'int4', expected one of dense, int8, fp8"),
+        ({"dtype": ["int8"]}, r"twin dtype is \['int8'\], expected one of"),
         ({"kv_floor": -1}, r"\['kv_floor'\] is -1, expected a whole number of at least 0"),
         ({"kv_floor": 1.5}, "is 1.5, expected a whole number"),
         ({"crossover": 0}, "is 0, expected a whole number of at least 1"),
@@ -55,7 +63,7 @@ def test_bad_values_say_where_and_what(given: object, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("TWINWEIGHT_MODE", "on"), ("TWINWEIGHT_KV_FLOOR", "many"), ("TWINWEIGHT_CROSSOVER", "-3")],
+    [("TWINWEIGHT_MODE", "on"), ("TWINWEIGHT_DTYPE", "8"), ("TWINWEIGHT_KV_FLOOR", "many"), ("TWINWEIGHT_CROSSOVER", "-3")],
 )
 def test_bad_variables_are_named(variable: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{variable}.*{value}"):

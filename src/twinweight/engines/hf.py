@@ -27,9 +27,11 @@ from twinweight.formats import fusion
 from twinweight.formats.fusion import Part
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
+from twinweight.kernels.stream import scratch_bytes
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
 from twinweight.plan import SEED_SWITCH, Budget, Mode, check_mode
+from twinweight.twin import check_request, request_from_environment
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def load(
     path: str | Path,
     *,
     mode: str | None = None,
+    twin_dtype: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     utilization: float = 0.9,
@@ -62,6 +65,8 @@ def load(
 
     path: a local model directory.
     mode: "off", "soft" or "hard"; None reads TWINWEIGHT_MODE, then means "soft".
+    twin_dtype: "dense", or 8-bit twins too, which round activations: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU;
+    None reads TWINWEIGHT_DTYPE, then means "dense". A weight or device that cannot have them gets dense twins, with a message.
     device: None takes the GPU if there is one.
     dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is
     fast in bf16.
@@ -73,13 +78,14 @@ def load(
     fit, ConfigError for a bad argument. Nothing half-loaded stays.
     """
     chosen = mode_from_environment() if mode is None else check_mode(mode)
+    request = request_from_environment() if twin_dtype is None else check_request(twin_dtype)
     where = _device(device)
     ckpt, fmt, model = _open(path, where, dtype)
     dtype = model.dtype
     layout = _lay_out(model, ckpt, fmt, where, dtype)
     crossovers = crossovers or Crossovers()
     budget = _budget(model, layout, where, dtype, utilization, kv_floor)
-    decided = decide(layout.shapes, budget, chosen, crossovers)
+    decided = decide(layout.shapes, budget, chosen, crossovers, request=request)
     with _bar(len(layout.parts) + len(decided.twins), progress) as step:
         for name in layout.parts:
             _load_int4(model, name, layout, fmt, ckpt, where, dtype)
@@ -94,7 +100,7 @@ def load(
 
 @dataclass(frozen=True)
 class Description:
-    """A checkpoint as its headers describe it. shapes: of the int4 modules, as the CPU would hold them."""
+    """A checkpoint as its headers describe it. shapes: of the int4 modules, as the device would hold them."""
 
     architecture: str
     format: str
@@ -104,11 +110,11 @@ class Description:
     dense_bytes: int
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path, device: str | torch.device | None = "cpu") -> Description:
     """What `load` would load, without reading a weight. Raises CheckpointError and UnsupportedError as `load` does."""
-    device = torch.device("cpu")
-    ckpt, fmt, model = _open(path, device, None)
-    layout = _lay_out(model, ckpt, fmt, device, model.dtype)
+    where = _device(device)
+    ckpt, fmt, model = _open(path, where, None)
+    layout = _lay_out(model, ckpt, fmt, where, model.dtype)
     return Description(type(model).__name__, fmt.name, model.config, model.dtype, layout.shapes, _dense_bytes(model, layout))
 
 
@@ -253,7 +259,10 @@ def _budget(
     if kv_floor is None:
         kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
-    return Budget(memory.total, max(0, memory.free - weights - dense), utilization, TILE_BYTES, reserve)
+    scratch = max((scratch_bytes(s.n, s.k, dtype, device) for s in layout.shapes.values()), default=0)
+    kept = (("scratch of stream", scratch),)
+    free = max(0, memory.free - weights - dense)
+    return Budget(memory.total, free, utilization, TILE_BYTES, reserve, kept, weights + dense)
 
 
 def _dense_bytes(model: PreTrainedModel, layout: _Layout) -> int:

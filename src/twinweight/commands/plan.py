@@ -1,0 +1,96 @@
+"""`twinweight plan`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from twinweight.errors import BudgetError
+
+_GIB = 1 << 30
+_SPEED = {
+    "roofline": "prefill speed is a roofline of the GPU's figures, no measurement: real kernels stay below it. `off` stands "
+    "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower",
+    "measured": "prefill speed follows from stored measurements of this GPU's linear layers, and a roofline for attention",
+}
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="model directory, config.json, or a model's name (twinweight synth lists them)")],
+    gpu: Annotated[str, typer.Option(help="h200, rtx4090, strix-halo, ...; an unknown name lists them")],
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model (tensor parallel)")] = 1,
+    utilization: Annotated[
+        float, typer.Option("--gpu-memory-utilization", help="share of the memory that may be used at all")
+    ] = 0.9,
+    max_model_len: Annotated[int | None, typer.Option(help="default: the KV floor, else the model's maximum")] = None,
+    kv_floor: Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="default: vLLM's")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="default: vLLM's")] = None,
+    mode: Annotated[str | None, typer.Option(help="soft or hard: show only this, and fail where it does not fit")] = None,
+    from_metrics: Annotated[
+        Path | None, typer.Option(help="plan for what a server saw: its /metrics, or its calls as JSON", show_default=False)
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot here: memory by mode")] = None,
+) -> None:
+    """Say what each mode would give on a GPU, from a config.json alone: twins, KV cache, prefill speed."""
+    from twinweight import planner, plots
+    from twinweight.commands.output import write_json
+    from twinweight.plan import check_mode
+    from twinweight.workload import from_metrics as read
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    chosen = check_mode(mode) if mode is not None else None
+    out = Console()
+    workload = read(from_metrics) if from_metrics is not None else None
+    ask = planner.Request(gpu, tp, utilization, max_model_len, kv_floor, max_num_batched_tokens, max_num_seqs, workload)
+    result = planner.plan_model(model, ask)
+    out.print(plan_table(result, chosen))
+    if plot is not None:
+        plots.plan_plot(result, plot)
+        out.print(f"written: {plot}", soft_wrap=True)
+    write_json(out, json_file, result)
+    if chosen is not None and not result["modes"][chosen]["fits"]:
+        verdict = result["verdicts"][chosen]
+        raise BudgetError(f"mode {chosen} does not fit: {verdict}", missing=result["modes"][chosen]["missing_bytes"])
+
+
+def plan_table(result: dict[str, Any], only: str | None = None) -> Group:
+    """Two tables, the budget's lines and a row a mode; then what does not fit, and what the figures rest on."""
+    each = " on each" if result["tp"] > 1 else ""
+    budget = Table(title=f"{result['model']} on {result['tp']} x {result['gpu']}: memory{each}", title_justify="left")
+    budget.add_column("")
+    budget.add_column("GiB", justify="right")
+    for line, nbytes in result["budget"].items():
+        if line != "in use by others":
+            budget.add_row(f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, _gib(nbytes))
+    modes = Table(title="what each mode gives", title_justify="left", header_style="bold")
+    for column in ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"):
+        modes.add_column(column, justify="left" if column == "mode" else "right")
+    for mode, found in result["modes"].items():
+        if only in (None, mode) or mode == "off":
+            speed = f"{found['prefill_tok_s']:,}" if found["prefill_tok_s"] else ""
+            twins = f"{found['twins']} of {found['weights']}"
+            modes.add_row(
+                mode, twins, _gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, "yes" if found["fits"] else "NO"
+            )
+    lines = [
+        f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode is unchanged in every mode: at most "
+        f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
+        _SPEED[result["speed"]["source"]],
+        *result["assumptions"],
+    ]
+    verdicts = [Text(f"{mode}: {text}") for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
+    if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
+        verdicts.append(Text(f"hard: {result['verdicts']['hard']}"))
+    return Group(budget, modes, *verdicts, *(Text(line) for line in lines))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.3f}"

@@ -1,0 +1,82 @@
+"""`twinweight profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from twinweight.errors import ConfigError
+
+
+def profile(
+    model: Annotated[Path, typer.Argument(help="local model directory", show_default=False)],
+    out: Annotated[Path, typer.Option(help="directory for off.json.gz and on.json.gz")],
+    engine: Annotated[str, typer.Option(help="hf (transformers, here) or vllm (servers in processes of their own)")] = "hf",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
+    mode: Annotated[str, typer.Option(help="soft or hard, of the arm that is on")] = "soft",
+    device: Annotated[str | None, typer.Option(help="hf: cpu, cuda, cuda:1; default: the GPU if there is one")] = None,
+    utilization: Annotated[float, typer.Option(help="share of the memory that may be used at all")] = 0.9,
+    kv_floor: Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")] = None,
+    engine_args: Annotated[str | None, typer.Option(help="vllm: JSON, arguments of vllm.LLM for off and on")] = None,
+    references: Annotated[
+        bool, typer.Option(help="vllm on a GPU: record both without CUDA graphs too, to know what graphs replay")
+    ] = True,
+) -> None:
+    """Record profiler traces of prefill and decode, off and on, for `twinweight roofline`."""
+    from twinweight.plan import check_mode
+    from twinweight.roofline.recording import Recipe
+
+    if engine not in ("hf", "vllm"):
+        raise ConfigError(f"--engine is {engine!r}, expected hf or vllm")
+    if check_mode(mode) == "off":
+        raise ConfigError("--mode is 'off', which is one of the two traces: expected soft or hard for the other")
+    recipe = Recipe(prompt_tokens, output_tokens, batch)
+    with Console(stderr=True).status("loading") as status:
+
+        def step(name: str) -> None:
+            status.update(f"recording {name}")
+
+        if engine == "vllm":
+            if device is not None:
+                raise ConfigError("--engine vllm takes no --device")
+            from twinweight.engines.vllm.record import record as record_vllm
+
+            settings = {"mode": mode} | ({} if kv_floor is None else {"kv_floor": kv_floor})
+            written = record_vllm(
+                model, recipe, out, settings=settings, references=references and _has_gpu(), step=step,
+                engine_args={"gpu_memory_utilization": utilization} | _object(engine_args),
+            )  # fmt: skip
+        else:
+            if engine_args is not None:
+                raise ConfigError("--engine hf takes no --engine-args")
+            from twinweight.engines.hf import load
+            from twinweight.roofline.recording import record
+
+            loaded = load(model, mode=mode, device=device, utilization=utilization, kv_floor=kv_floor)
+            written = record(loaded, recipe, out, step)
+    console = Console()
+    for path in written.values():
+        console.print(f"written: {path}", soft_wrap=True)
+    console.print(f"compare: twinweight roofline {' '.join(map(str, written.values()))} --report-by-op", soft_wrap=True)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _object(text: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text) if text is not None else {}
+    except ValueError as error:
+        raise ConfigError(f"--engine-args is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--engine-args is {text!r}, expected an object such as '{{\"tensor_parallel_size\": 2}}'")
+    return found

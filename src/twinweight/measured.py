@@ -1,0 +1,176 @@
+"""`Measured`: times of every path of one kind of weight by number of rows, the route that follows, and what a twin saves."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twinweight.paths import Path, Route
+from twinweight.plan import TwinOption
+from twinweight.timing import Timing
+from twinweight.workload import Workload
+
+_PLAIN = ("int4", "fused", "stream")
+"""Paths without a twin, in the order in which they may take over as rows grow."""
+
+
+def path_of(choice: str) -> Path:
+    """The path of a choice: "int4", "fused", "stream", or "twin:<dtype>"."""
+    return Path.TWIN if choice.startswith("twin:") else Path[choice.upper()]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds a call at each number of rows in `ms` (ascending), per choice.
+
+    n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it.
+    """
+
+    ms: tuple[int, ...]
+    times: dict[str, tuple[Timing, ...]]
+    n: int
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The choices that need no twin, in the order in which they may take over."""
+        return tuple(c for c in _PLAIN if c in self.times)
+
+    def time_at(self, choice: str, m: int) -> float:
+        """Seconds of a call with m rows, interpolated log-log; above the largest measured size they grow with m."""
+        times = self.times[choice]
+        if m <= 0:
+            return 0.0
+        at = bisect_left(self.ms, m)
+        if at == len(self.ms):
+            return times[-1].min * m / self.ms[-1]
+        if at == 0 or self.ms[at] == m:
+            return times[at].min
+        low, high = self.ms[at - 1], self.ms[at]
+        share = math.log(m / low) / math.log(high / low)
+        return math.exp((1 - share) * math.log(_least(times[at - 1])) + share * math.log(_least(times[at])))
+
+    def route(self, choices: Sequence[str], paths: Sequence[Path] = ()) -> Route:
+        """The route of least total slowdown among those that move one way, from decode paths to dense ones.
+
+        choices: in the order in which they may take over as rows grow; paths: theirs, where their names do not say it. A path
+        starts at a measured size where it beats the one before by more than the measured spread of both, and the total over
+        all sizes decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
+        Disturbances only ever add time: the least sample stands for a path.
+        """
+        pieces = self.pieces(choices)
+        named = dict(zip(choices, paths or map(path_of, choices), strict=True))
+        return Route(tuple(start for start, _ in pieces), tuple(named[choice] for _, choice in pieces))
+
+    def pieces(self, choices: Sequence[str]) -> tuple[tuple[int, str], ...]:
+        """The route as (first number of rows, choice); the first is 0."""
+        sizes = range(len(self.ms))
+        spread = [statistics.median(t.spread for t in self.times[c]) for c in choices]
+        logs = [[math.log(_least(t)) for t in self.times[c]] for c in choices]
+        sums = [[math.fsum(row[:e]) for e in (*sizes, len(self.ms))] for row in logs]
+
+        def beats(new: int, old: int, at: int) -> bool:
+            a, b = self.times[choices[new]][at].min, self.times[choices[old]][at].min
+            return a * (1 + spread[new] + spread[old]) < b
+
+        # best[c, e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
+        # On a tie the later takeover: int4 costs no memory.
+        Found = tuple[float, tuple[int, ...], tuple[int, ...]]
+        best: dict[tuple[int, int], Found] = {(0, 0): (0.0, (0,), (0,))}
+        for c in range(1, len(choices)):
+            if beats(c, 0, 0):
+                best[c, 0] = (0.0, (0,), (c,))
+            for e in sizes[1:]:
+                found = [
+                    (round(cost + sums[o][e] - sums[o][s], 9), (*starts, -e), (*used, c))
+                    for (o, s), (cost, starts, used) in best.items()
+                    if o < c and s < e and beats(c, o, e)
+                ]
+                if found:
+                    best[c, e] = min(found)
+        ends = [(round(cost + sums[c][-1] - sums[c][e], 9), starts, used) for (c, e), (cost, starts, used) in best.items()]
+        _, starts, used = min(ends)
+        rows = (0, *(self.ms[-e] for e in starts[1:]))
+        return tuple(zip(rows, (choices[c] for c in used), strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """{"ms", "n", "times": {choice: [[median, min, max, spread], ...]}}, in seconds."""
+        times = {c: [[t.median, t.min, t.max, t.spread] for t in ts] for c, ts in self.times.items()}
+        return {"ms": list(self.ms), "n": self.n, "times": times}
+
+    @staticmethod
+    def from_json(found: Any) -> Measured:
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        ms = tuple(int(m) for m in found["ms"])
+        times = {str(c): tuple(Timing(*map(float, t)) for t in ts) for c, ts in found["times"].items()}
+        ascending = all(0 < a < b for a, b in zip((0.5, *ms), ms, strict=False))
+        whole = all(len(ts) == len(ms) and all(math.isfinite(t.min) and t.min >= 0 for t in ts) for ts in times.values())
+        if not (ms and times and ascending and whole):
+            raise ValueError("sizes and times do not belong together")
+        return Measured(ms, times, int(found["n"]))
+
+
+def _least(t: Timing) -> float:
+    return max(t.min, 1e-9)
+
+
+def held(route: Route, least: int) -> Route:
+    """The route, but int4 below `least` rows."""
+    if least <= 0 or route.paths == (Path.INT4,):
+        return route
+    later = [(s, p) for s, p in zip(route.starts, route.paths, strict=True) if s > least]
+    pairs = [(0, Path.INT4), *([(least, route.at(least))] if route.at(least) is not Path.INT4 else []), *later]
+    return Route(tuple(s for s, _ in pairs), tuple(p for _, p in pairs))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a weight may be held as, besides what the checkpoint made of it.
+
+    name, nbytes: as in `TwinOption`; choices: the ways to compute it then, in the order in which they may take over as rows
+    grow; paths: theirs, where their names do not say it.
+    """
+
+    name: str
+    nbytes: int
+    choices: tuple[str, ...]
+    paths: tuple[Path, ...] = ()
+    is_twin: bool = True
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one kind of weight could be held as, and what each form would save: the `Offer` of measured times.
+
+    base: the weight without anything more. n: output features of the weight, of which `measured.n` were timed. least: int4
+    serves all calls of fewer rows.
+    """
+
+    measured: Measured
+    base: Form
+    forms: tuple[Form, ...]
+    n: int
+    least: int = 0
+
+    def route(self, form: Form | None = None) -> Route:
+        """Which path serves which rows, with a form or without any."""
+        form = form or self.base
+        return held(self.measured.route(form.choices, form.paths), self.least)
+
+    def seconds(self, form: Form | None, workload: Workload) -> float:
+        """Seconds of an average call of the workload, by the route that would be used."""
+        choices = (form or self.base).choices
+        pieces = self.measured.pieces(choices)
+        times = []
+        for m, share in workload.calls:
+            choice = choices[0] if m < self.least else next(c for start, c in reversed(pieces) if start <= m)
+            times.append(share * self.measured.time_at(choice, m))
+        return math.fsum(times) * self.n / self.measured.n
+
+    def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+        """The forms with what they save in an average call."""
+        without = self.seconds(None, workload)
+        return tuple(TwinOption(f.name, f.nbytes, (without - self.seconds(f, workload)) * 1e6, f.is_twin) for f in self.forms)

@@ -1,0 +1,73 @@
+"""The int4 weight behind a dense one: what a kernel with an unknown layout computes under the identity, as integers again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
+
+_STEPS = 15  # |q - zero| of 4-bit values
+_GROUPS = 1 << 14  # groups worked on at a time: 60 MiB of temporaries at 128 columns
+
+
+def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
+    """An `Int4Weight` whose dequantized values are `dense`, bit for bit; None where a group has no such form.
+
+    dense: bf16 or fp16 [N, K], K a multiple of group_size. Each group's values are round((q - z) * s) with a 16-bit s. Its
+    largest magnitude is j * s for some j up to 15, so j of every candidate is tried, with the neighbours of a rounded quotient.
+    Only q - z matters: z is 8 where that suffices, for a whole weight.
+    """
+    n, k = dense.shape
+    if k % group_size:
+        raise ValueError(f"group_size is {group_size}, expected a divisor of K = {k}")
+    groups = dense.reshape(-1, group_size)
+    steps = torch.empty(groups.shape, dtype=torch.int8, device=dense.device)
+    scales = torch.empty(groups.shape[0], dtype=dense.dtype, device=dense.device)
+    for at in range(0, groups.shape[0], _GROUPS):
+        part = slice(at, at + _GROUPS)
+        if not _recover_groups(groups[part], steps[part], scales[part]):
+            return None
+    low, high = steps.amin(1), steps.amax(1)
+    shape = (n, k // group_size)
+    if bool((low >= -SYMMETRIC_ZERO).all()) and bool((high < 16 - SYMMETRIC_ZERO).all()):
+        zeros = None
+        shift: Tensor | int = SYMMETRIC_ZERO
+    else:
+        # Near 8, so that padded or symmetric groups look as a quantizer would have written them.
+        z = torch.minimum(torch.maximum(-low, torch.full_like(low, SYMMETRIC_ZERO)), 15 - high)
+        if bool((z + low < 0).any()) or bool((z < 0).any()) or bool((z > 15).any()):
+            return None
+        zeros = z.to(torch.uint8).view(shape)
+        shift = z[:, None]
+    values = (steps + shift).to(torch.uint8).view(n, k)
+    return Int4Weight(pack_nibbles(values), scales.view(shape), zeros, None, group_size, k)
+
+
+def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:
+    """Fill steps [R, g] and scales [R] of some groups; False where one is not found."""
+    exact = v.float()
+    largest = exact.abs().amax(1)
+    scales.fill_(1)
+    steps.zero_()
+    open_ = largest > 0
+    for j in range(1, _STEPS + 1):
+        middle = (largest / j).to(v.dtype)
+        for s in (middle, _neighbour(middle, 1), _neighbour(middle, -1)):
+            if not bool(open_.any()):
+                return True
+            at = open_.nonzero().squeeze(1)
+            step = s[at].float()
+            d = (exact[at] / step[:, None]).round_()
+            fits = ((d * step[:, None]).to(v.dtype) == v[at]).all(1) & (step > 0)
+            fits &= (d.amax(1) - d.amin(1).clamp(max=0)).le(_STEPS) & d.amin(1).ge(-_STEPS)
+            found = at[fits]
+            steps[found] = d[fits].to(torch.int8)
+            scales[found] = s[found]
+            open_[found] = False
+    return not bool(open_.any())
+
+
+def _neighbour(s: Tensor, step: int) -> Tensor:
+    """The next 16-bit value of a positive tensor, up or down."""
+    return (s.view(torch.int16) + step).clamp_(min=0).view(s.dtype)

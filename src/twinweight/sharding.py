@@ -1,0 +1,198 @@
+"""What one rank of a server holds of a model, from its config.json alone, sharded over GPUs as vLLM does it.
+
+q, k and v are one weight there, and so are gate and up. Column-parallel weights (those two, and others) split their output
+features, row-parallel ones (o_proj, down_proj) their input features; where there are fewer KV heads than ranks, each rank holds
+one whole. Embedding and head split the vocabulary, padded to 64. Norms and a vision tower are whole on every rank.
+Source: vLLM 0.32 `model_executor/layers/linear.py`, `vocab_parallel_embedding.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twinweight.errors import ConfigError, UnsupportedError
+from twinweight.formats import awq, compressed_tensors, gptq
+
+_MERGED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+_ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "wo", "w2"))
+_VOCABULARY = 64
+_ITEMSIZE = 2
+_ASSUMED = "config.json names no quantization: W4A16 with groups of 128, symmetric, is assumed"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A W4A16 weight [n, k] of one rank: weights of equal `Kind` cost and gain the same. group_size: k for per channel."""
+
+    n: int
+    k: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as int4, by the layout of `Int4Weight`."""
+        from twinweight.kernels import gpu
+
+        return gpu.weight_bytes(self.n, self.k, self.group_size, self.act_order, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's share of a model.
+
+    weights: those that may have a twin, in module order. other_bytes: everything else, of which embedding_bytes are only looked
+    up. expert_weights: elements of int4 experts, which have no twin, and active_experts: those that one token meets.
+    kv_bytes_per_token: keys and values in 16 bits. head_dims: query heads times their size, a layer.
+    """
+
+    weights: Mapping[str, Kind]
+    other_bytes: int
+    embedding_bytes: int
+    expert_weights: int
+    active_experts: int
+    kv_bytes_per_token: int
+    layers: int
+    hidden: int
+    head_dims: int
+    vocabulary: int
+    longest: int
+    assumptions: tuple[str, ...]
+
+    @property
+    def int4_bytes(self) -> int:
+        """Bytes of the weights that may have a twin."""
+        return sum(kind.nbytes for kind in self.weights.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.int4_bytes + self.other_bytes
+
+    @property
+    def multiplied(self) -> int:
+        """Elements of the weights that a token is multiplied with, the head left out."""
+        return sum(kind.n * kind.k for kind in self.weights.values()) + self.active_experts
+
+    @property
+    def widest(self) -> int:
+        """The largest input or output of a linear weight."""
+        return max((max(kind.n, kind.k) for kind in self.weights.values()), default=self.hidden)
+
+
+Module = tuple[int, bool, bool]  # group_size (-1 per channel), symmetric, act_order
+
+
+def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> Rank:
+    """One rank of `tp`, of the model a `config.json` describes; a config without quantization is taken as W4A16 g128.
+
+    file: named in errors. Raises ConfigError where the model cannot be split so, UnsupportedError for other quantizations.
+    """
+    from twinweight.synth import quantized_modules, skeleton
+
+    source = file or Path("config.json")
+    text = {**config, **config.get("text_config", {})}
+    if text.get("kv_lora_rank"):
+        raise ConfigError("plan does not know latent attention (kv_lora_rank): its KV cache has another size")
+    scheme, assumptions = _scheme(config, source)
+    model: Any = skeleton({k: v for k, v in config.items() if k != "quantization_config"})
+    decoder = quantized_modules(model)
+    heads = int(text["num_attention_heads"])
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+    if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
+        raise ConfigError(f"--tp {tp}: {heads} attention and {kv_heads} key-value heads do not split over so many GPUs")
+    own_kv = max(1, kv_heads // tp)
+    rank_n = {"q_proj": heads // tp * head_dim, "k_proj": own_kv * head_dim, "v_proj": own_kv * head_dim,
+              "qkv_proj": (heads // tp + 2 * own_kv) * head_dim}  # fmt: skip
+
+    parts: dict[str, list[tuple[int, int, Module | None]]] = {}
+    for name, (n, k) in decoder.items():
+        parent, _, last = name.rpartition(".")
+        if last in _ROW_PARALLEL:
+            k = _split(k, tp, name)
+        else:
+            n = rank_n.get(last) or _split(n, tp, name)
+        merged = f"{parent}.{_MERGED[last]}" if last in _MERGED else name
+        parts.setdefault(merged, []).append((n, k, scheme(name)))
+    weights, other = {}, 0
+    for name, found in parts.items():
+        n, k, how = sum(n for n, _, _ in found), found[0][1], found[0][2]
+        if any(part[2] != how for part in found):
+            raise UnsupportedError(file=source, tensor=name, expected="parts that are quantized alike", found="different ones")
+        if how is None:
+            other += n * k * _ITEMSIZE
+            continue
+        group = k if how[0] == -1 else how[0]
+        if k % group:
+            raise ConfigError(f"--tp {tp}: {name} has {k} input features a GPU, which groups of {group} do not divide")
+        weights[name] = Kind(n, k, group, how[1], how[2])
+
+    vocabulary = -(-int(text["vocab_size"]) // _VOCABULARY) * _VOCABULARY
+    experts, embedding = 0, 0
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if module in decoder and leaf == "weight":
+            continue
+        if parameter.ndim == 3 and module.endswith(".experts"):
+            experts += parameter.numel() // tp
+        elif parameter.ndim == 2 and parameter.shape[0] == text["vocab_size"]:
+            nbytes = -(-vocabulary // tp) * parameter.shape[1] * _ITEMSIZE
+            other += nbytes
+            embedding += 0 if "head" in name or text.get("tie_word_embeddings") else nbytes
+        else:
+            other += parameter.numel() * _ITEMSIZE
+    size = next((kind.group_size for kind in weights.values()), 128)
+    other += experts // 2 + experts // size * 2
+    per_token, total = text.get("num_experts_per_tok") or 0, text.get("num_experts") or text.get("num_local_experts") or 1
+    return Rank(
+        weights, other, embedding, experts, experts * per_token // total,
+        2 * int(text["num_hidden_layers"]) * own_kv * head_dim * _ITEMSIZE, int(text["num_hidden_layers"]),
+        int(text["hidden_size"]), heads // tp * head_dim, int(text["vocab_size"]),
+        int(text.get("max_position_embeddings") or 0), assumptions,
+    )  # fmt: skip
+
+
+def _split(size: int, tp: int, name: str) -> int:
+    if size % tp:
+        raise ConfigError(f"--tp {tp}: {name} has {size} features, which do not split over so many GPUs")
+    return size // tp
+
+
+def _scheme(config: Mapping[str, Any], file: Path) -> tuple[Callable[[str], Module | None], tuple[str, ...]]:
+    """How each linear module of the decoder is quantized, by its name; None where it stays dense."""
+    found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    if found is None:
+        return lambda name: (128, True, False), (_ASSUMED,)
+    method = str(found.get("quant_method")).lower()
+    if method == "compressed-tensors":
+        ours = compressed_tensors.parse(found, file)
+
+        def by_group(name: str) -> Module | None:
+            g = ours.group(name)
+            return (g.group_size or -1, g.symmetric, g.act_order) if g is not None else None
+
+        return by_group, ()
+    if method == "gptq":
+        theirs = gptq.parse(found, file)
+
+        def by_rule(name: str) -> Module | None:
+            p = theirs.module(name)
+            return (p.group_size or -1, p.symmetric, p.act_order) if p is not None else None
+
+        return by_rule, ()
+    if method == "awq":
+        third = awq.parse(found, file)
+        kind = (third.group_size or -1, not third.zero_point, False)
+        return lambda name: None if third.leaves_dense(name) else kind, ()
+    raise UnsupportedError(file=file, expected="quant_method: compressed-tensors, gptq or awq", found=repr(method))

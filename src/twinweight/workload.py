@@ -1,0 +1,104 @@
+"""`Workload`: how many rows the calls of a server have. What a twin is worth depends on nothing else about the traffic."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinweight.errors import ConfigError
+
+DEFAULT_ROWS = 2048
+"""A prefill of this many rows stands for a workload that nobody described."""
+
+_LINE = re.compile(r"^twinweight_calls_total\{(?P<labels>[^}]*)\}\s+(?P<value>[0-9.eE+-]+)", re.MULTILINE)
+_ROWS = re.compile(r'\brows="(\d+)"')
+
+
+@dataclass(frozen=True)
+class Workload:
+    """calls: (rows M, share of all calls of a weight), by ascending M; the shares add up to 1."""
+
+    calls: tuple[tuple[int, float], ...]
+
+    @staticmethod
+    def of(counts: Mapping[int, float]) -> Workload:
+        """From calls by number of rows; calls without rows do nothing and are left out. Raises ConfigError for none."""
+        used = {m: n for m, n in sorted(counts.items()) if m > 0 and n > 0}
+        total = sum(used.values())
+        if not used:
+            raise ConfigError("the workload has no call of at least one row")
+        return Workload(tuple((m, n / total) for m, n in used.items()))
+
+    @staticmethod
+    def prefill(rows: int = DEFAULT_ROWS) -> Workload:
+        """Nothing but prefills of `rows` tokens, such as a server's chunk (vLLM: max_num_batched_tokens)."""
+        return Workload.of({rows: 1.0})
+
+    @staticmethod
+    def serving(prompts: Iterable[int], *, output_tokens: int = 0, concurrency: int = 1, chunk: int | None = None) -> Workload:
+        """Requests with these prompt lengths, each decoding `output_tokens` in steps that `concurrency` requests share.
+
+        chunk: the most prompt tokens a call; longer prompts take several calls, the last of which has what is left. Decode
+        steps are calls of their own here, though chunked prefill puts both into one call.
+        Raises ConfigError for sizes below 1 and an empty list.
+        """
+        lengths = list(prompts)
+        if not lengths or min(lengths) < 1 or concurrency < 1 or output_tokens < 0 or (chunk is not None and chunk < 1):
+            raise ConfigError(
+                f"a workload needs prompts, concurrency and chunk of at least 1 and output tokens of at least 0, found prompts "
+                f"{lengths[:3]}, concurrency {concurrency}, chunk {chunk}, output tokens {output_tokens}"
+            )
+        counts: dict[int, float] = {}
+        for length in lengths:
+            whole, rest = divmod(length, chunk or length)
+            for rows, n in ((chunk or length, whole), (rest, 1)):
+                counts[rows] = counts.get(rows, 0) + n
+        steps = output_tokens * len(lengths) / concurrency
+        counts[concurrency] = counts.get(concurrency, 0) + steps
+        return Workload.of(counts)
+
+
+def from_metrics(file: Path) -> Workload:
+    """What a server saw, from Prometheus text (vLLM's /metrics, lines `twinweight_calls_total{path=...,rows=...} n`) or JSON
+    (`paths.calls` as {"int4@16": 123, ...} or {"int4": {"16": 123}, ...}, by itself or under "calls").
+
+    Counters round rows down to a power of two, and so does the workload: savings are not overstated. Replays of CUDA graphs
+    are not counted. Raises ConfigError where the file holds no such counter.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read metrics from {file}: {error}") from error
+    counts = _json_counts(text, file) if text.lstrip().startswith("{") else _prometheus_counts(text)
+    if not any(m > 0 and n > 0 for m, n in counts.items()):
+        raise ConfigError(f"{file} holds no calls: expected lines of twinweight_calls_total, or JSON like {{'int4@16': 123}}")
+    return Workload.of(counts)
+
+
+def _prometheus_counts(text: str) -> dict[int, float]:
+    counts: dict[int, float] = {}
+    for line in _LINE.finditer(text):
+        if rows := _ROWS.search(line["labels"]):
+            m = int(rows[1])
+            counts[m] = counts.get(m, 0) + float(line["value"])
+    return counts
+
+
+def _json_counts(text: str, file: Path) -> dict[int, float]:
+    """{"int4@16": n}, or by path first: {"int4": {"16": n}}."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    counts: dict[int, float] = {}
+    calls = found.get("calls", found)
+    for key, value in calls.items() if isinstance(calls, dict) else ():
+        rows = value if isinstance(value, dict) else {key.partition("@")[2]: value}
+        for m, n in rows.items():
+            if not m.isdigit() or isinstance(n, bool) or not isinstance(n, int | float) or n < 0:
+                raise ConfigError(f"{file}: found {key!r}: {value!r}, expected calls by path and rows like 'int4@16': 123")
+            counts[int(m)] = counts.get(int(m), 0) + n
+    return counts
