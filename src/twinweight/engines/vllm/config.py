@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from twinweight import cache, twin
 from twinweight.errors import ConfigError
 from twinweight.plan import SEED_SWITCH, Mode, check_mode
 
@@ -20,12 +21,14 @@ class Config:
     """What a server was asked for.
 
     mode: "off", "soft" (as many twins as fit) or "hard" (all, or start-up stops).
+    dtype: "dense" (exact), or 8-bit twins besides: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU.
     kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len.
     activation_reserve_mib, graphs_reserve_mib: memory kept for the activation peak and for CUDA graphs; None is an estimate.
     crossover: rows from which a twin serves, instead of the measured number.
     """
 
     mode: Mode = "off"
+    dtype: str = "dense"
     kv_floor: int | None = None
     activation_reserve_mib: int | None = None
     graphs_reserve_mib: int | None = None
@@ -33,6 +36,7 @@ class Config:
 
 
 _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}
+_CHOICES: Mapping[str, Callable[[str], str]] = {"mode": check_mode, "dtype": twin.check_request}
 FIELDS = tuple(f.name for f in fields(Config))
 
 
@@ -44,7 +48,7 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     for name in FIELDS:
         variable = _PREFIX + name.upper()
         if value := environ.get(variable):
-            number = name != "mode" and value.strip().isdigit()
+            number = name not in _CHOICES and value.strip().isdigit()
             found[name] = _checked(name, int(value) if number else value, variable)
     return found
 
@@ -62,7 +66,7 @@ def resolve(additional: object, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{where}: unknown field {', '.join(map(repr, unknown))}; known: {', '.join(FIELDS)}")
     checked = {name: _checked(name, value, f"{where}[{name!r}]") for name, value in given.items()}
     config = Config(**{**from_environment(environ), **checked})
-    variables = {_PREFIX + name.upper() for name in FIELDS}
+    variables = {_PREFIX + name.upper() for name in FIELDS} | {cache.VARIABLE}
     unknown = sorted(v for v in environ if v.startswith(_PREFIX) and v not in variables)
     if unknown and config.mode != "off":
         raise ConfigError(f"unknown variable {', '.join(unknown)}; known: {', '.join(sorted(variables))}")
@@ -70,11 +74,9 @@ def resolve(additional: object, environ: Mapping[str, str]) -> Config:
 
 
 def _checked(name: str, value: object, where: str) -> object:
-    if name == "mode":
-        if not isinstance(value, str):
-            raise ConfigError(f"{where} is {value!r}, expected off, soft or hard")
+    if name in _CHOICES:
         try:
-            return check_mode(value)
+            return _CHOICES[name](value)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     if value is None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.kernels.linear import MPLinearKernel
 
-from twinweight.engines.vllm import build, compat, op
+from twinweight.engines.vllm import build, compat, op, own
+from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, Route
 
 ONLY_INT4 = Route.always(Path.INT4).flat()
@@ -19,7 +20,8 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     """One linear layer of a model: [K, N] of a partition, by vLLM's naming.
 
     State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
-    must stay. twin_bias is the bias as the inner kernel sees it (Marlin permutes the layer's).
+    must stay. twin_bias is the bias as the inner kernel sees it (Marlin permutes the layer's). own: the weight in our layout,
+    if there; then it serves `int4` and `stream`, and the inner kernel is the `fused` path.
     """
 
     @classmethod
@@ -45,20 +47,24 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.dtype: torch.dtype = c.act_type
         self.twin: Tensor | None = None
         self.twin_bias: Tensor | None = None
+        self.own: KernelWeight | None = None
         self.fresh = False
         self.route: list[int] = ONLY_INT4
-        self.handle = op.handle_for(self)
+        self.handle: Tensor | None = None
         self._layer: weakref.ref[nn.Module] | None = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack by the inner kernel. In a layerwise reload the layer holds new tensors now: the twin follows, in place."""
         self.inner.process_weights_after_loading(layer)
         self._layer = weakref.ref(layer)
-        if self.twin is not None:
-            build.fill(self)
+        if self.handle is None:
+            self.handle = op.handle_for(self, self.device)
+        self.refill()
 
     def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N]; traced, so nothing is decided here."""
+        """[..., K] -> [..., N]; traced, so nothing is decided here. Untraced, the dispatcher's 10 us are saved."""
+        if not torch.compiler.is_compiling():
+            return op.run(self, x, bias)
         return torch.ops.twinweight.vllm_linear(x, self.handle, bias, self.n)  # type: ignore[no-any-return]
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,22 +81,35 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         return layer
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer's weights are."""
+        return next(self.layer.parameters()).device  # type: ignore[no-any-return]
+
+    @property
     def is_ready(self) -> bool:
         """Whether weights were processed for a layer that still lives."""
         return self._layer is not None and self._layer() is not None
 
+    def refill(self) -> None:
+        """Write the layer's current weights into what is derived from them, in place."""
+        if self.own is not None:
+            own.refill(self)
+        if self.twin is not None:
+            build.fill(self)
+        self.fresh = True
+
     def drop(self) -> None:
-        """Free the twin; the layer goes on with int4."""
+        """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4
-        self.twin = self.twin_bias = None
+        self.twin = self.twin_bias = self.own = None
         self.fresh = False
 
 
 def kernels_of(model: nn.Module) -> dict[str, TwinLinearKernel]:
-    """The wrapped layers of a model that quantize only weights, by module name, in module order.
+    """The wrapped layers of a model, by module name, in module order.
 
     Found through their kernels: every quantization method of vLLM keeps its kernel under another name.
     """
     by_layer = {id(k.layer): k for k in op.kernels() if isinstance(k, TwinLinearKernel) and k.is_ready}
     modules = ((name, m, by_layer.get(id(m))) for name, m in model.named_modules())
-    return {name: k for name, m, k in modules if k is not None and compat.is_weight_only(m)}
+    return {name: k for name, _, k in modules if k is not None}

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from twinweight import paths
-from twinweight.crossover import Measured, twin_choice
-from twinweight.engines.vllm import build, compat, measure
+from twinweight import cache, paths
+from twinweight.engines.vllm import build, compat, measure, metrics
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
+from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
-from twinweight.kernels import backend_for
+from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
-from twinweight.plan import GIB, Plan, TwinCandidate, TwinOption, plan
+from twinweight.plan import GIB, Plan, plan
 
 log = logging.getLogger("vllm.twinweight")
 
@@ -34,6 +34,7 @@ class Life:
         self.kernels: dict[str, TwinLinearKernel] = {}
         self.built: list[str] = []
         self.asleep = False
+        self.kv_fixed = False
 
     def follow(self) -> None:
         """Install the kernel class and wrap the worker's methods that load, size, reload, put to sleep and wake."""
@@ -44,6 +45,7 @@ class Life:
             "reload_weights": self._reload,
             "finish_weight_update": self._reload,
             "sleep": self._sleep,
+            "discard": self._discard,
             "wake_up": self._wake,
         }.items():
             compat.wrap(self.worker, name, around)
@@ -55,10 +57,11 @@ class Life:
     def _load(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """All weights are in place, and the KV cache is not yet sized: here twins are decided and built."""
         result = method(*args, **kwargs)
-        self.kernels, self.built = kernels_of(self.worker.model_runner.get_model()), []
+        self.built = []
         started = time.perf_counter()
         with compat.forward_context(self.worker):
-            self.measured = self._measure()
+            self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
+            self.offers = self._offers(self._measure())
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
             self.plan = self._plan()
@@ -74,7 +77,8 @@ class Life:
             for kernel in self.kernels.values():
                 layers.setdefault(kind_of(kernel), []).append(kernel)
             try:
-                found = {kind: measure.measure(of_kind) for kind, of_kind in layers.items()}
+                store = cache.default()
+                found = {kind: measure.known_or_measured(kind, of_kind, store) for kind, of_kind in layers.items()}
             except (RuntimeError, MemoryError):
                 log.exception("Twinweight could not time the kernels")
                 found = None
@@ -85,7 +89,6 @@ class Life:
 
     def _plan(self) -> Plan:
         """The same on every rank: times are rank 0's and the budget is the least of all."""
-        candidates = [TwinCandidate(name, self._options(kernel)) for name, kernel in self.kernels.items()]
         transient = max((build.transient_bytes(k.n, k.k) for k in self.kernels.values()), default=0)
         widest = max((max(k.n, k.k) for k in self.kernels.values()), default=0)
         reserves = (
@@ -95,35 +98,21 @@ class Life:
         fixed = compat.explicit_kv_bytes(self.worker)
         own = compat.budget(self.worker, self.floor.nbytes if fixed is None else fixed, transient, reserves)
         budget = min(compat.gather(own), key=lambda b: b.for_twins)
-        return plan(candidates, budget, self.config.mode)
+        kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items()}
+        return plan(kinds, budget, self.offers, compat.workload(self.worker), self.config.mode)
 
-    def _options(self, kernel: TwinLinearKernel) -> tuple[TwinOption, ...]:
-        device = compat.device_of(self.worker)
-        backend = backend_for(device)
-        options = []
-        for dtype in backend.twin_dtypes(kernel.dtype):
-            route = self._route(kernel, dtype)
-            if route.start_of(Path.TWIN) is not None:
-                nbytes = backend.twin_bytes(kernel.n, kernel.k, dtype, device)
-                options.append(TwinOption(str(dtype).removeprefix("torch."), nbytes, self._saved_us(kernel, dtype)))
-        return tuple(options)
+    def _offers(self, measured: Mapping[Kind, Measured]) -> dict[Kind, measure.Offered]:
+        """What each kind of layer could have. A decode step of one sequence stays on int4, its speculated tokens included."""
+        rows = compat.draft_rows(self.worker)
+        least = rows + 1 if rows > 1 else 0
+        device, given = compat.device_of(self.worker), self.config.crossover
+        kernels = {kind_of(kernel): kernel for kernel in self.kernels.values()}
+        return {kind: measure.offer(k, measured.get(kind), device, given, least) for kind, k in kernels.items()}
 
-    def _saved_us(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> float:
-        measured = self.measured.get(kind_of(kernel))
-        if measured is None:
-            return float(kernel.n * kernel.k) / 1e6  # a crossover was given, so nothing was timed: each byte is worth the same
-        return measured.saved(twin_choice(dtype), [measure.INT4]) * 1e6
-
-    def _route(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> Route:
-        """A decode step of one sequence stays on int4, its speculated tokens included."""
-        least = compat.draft_rows(self.worker)
-        least = least + 1 if least > 1 else 0
-        measured = self.measured.get(kind_of(kernel))
-        if measured is not None:
-            return measure.route(measured, dtype, least)
-        if self.config.crossover is None:
-            return Route.always(Path.INT4)
-        return measure.twin_from(max(self.config.crossover, least))
+    def _route(self, kernel: TwinLinearKernel, name: str) -> Route:
+        """With the form of that name."""
+        offered = self.offers[kind_of(kernel)]
+        return offered.route(next(f for f in offered.forms if f.name == name))
 
     def _build(self) -> None:
         """Build what is planned, the most valuable bytes first; the group keeps what every rank could build."""
@@ -148,7 +137,7 @@ class Life:
         with compat.pool(self.worker):
             build.allocate(kernel, dtype)
         build.fill(kernel)
-        kernel.route = self._route(kernel, dtype).flat()
+        kernel.route = self._route(kernel, str(dtype).removeprefix("torch.")).flat()
 
     def _keep(self, count: int) -> None:
         for name in self.built[count:]:
@@ -162,13 +151,22 @@ class Life:
 
         No graph of the server is captured yet, so nothing holds the address of a twin.
         """
-        available = method(*args, **kwargs)
+        given = compat.explicit_kv_bytes(self.worker)
+        if given is not None and compat.device_of(self.worker).type == "cpu":  # there vLLM looks before it says what it takes
+            self._make_room(max(compat.gather(given - compat.free_memory(self.worker))))
+        with compat.forward_peak(self.worker) as peak:
+            available = method(*args, **kwargs)
         fixed = compat.explicit_kv_bytes(self.worker) is not None
         if not fixed:
             available += self._make_room(max(compat.gather(self.floor.nbytes - available)))
             compat.set_available(self.worker, available)
+        elif compat.device_of(self.worker).type != "cpu":
+            needed = available + peak() + compat.graphs_bytes(self.worker)
+            self._make_room(max(compat.gather(needed - compat.free_memory(self.worker))))
+        self.kv_fixed = fixed
         if compat.rank() == 0:
             self._say(available, fixed)
+        metrics.publish(self.worker, self.status)
         return available
 
     def _make_room(self, short: int) -> int:
@@ -198,13 +196,7 @@ class Life:
         if self.floor.per_token:
             with_, without = available / self.floor.per_token, (available + (0 if fixed else held)) / self.floor.per_token
             tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {self.floor.tokens}"
-        lines = {str(kind_of(k)): Route.always(Path.INT4) for k in self.kernels.values()}
-        for name in self.built:
-            kernel = self.kernels[name]
-            flat = kernel.route
-            route = Route(tuple(flat[::2]), tuple(Path(p) for p in flat[1::2]))
-            lines[str(kind_of(kernel))] = route
-        routes = "; ".join(f"{kind}: {route}" for kind, route in lines.items()) or "no W4A16 layer"
+        routes = "; ".join(f"{kind}: {route}" for kind, route in self.routes().items()) or "no W4A16 layer"
         log.info(
             "Twinweight %s: %d twins built, %d missed, %.3f of %.3f GiB a rank%s; measured in %.1f s, built in %.1f s; %s",
             self.config.mode, len(self.built), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
@@ -213,6 +205,14 @@ class Life:
         if self.plan.missed:
             budget = self.plan.budget
             log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
+
+    def routes(self) -> dict[str, str]:
+        """Which rows take which path, by kind of layer; where only some of a kind have a twin, theirs."""
+        found = {str(kind_of(k)): Route.always(Path.INT4) for k in self.kernels.values()}
+        for name in self.built:
+            flat = self.kernels[name].route
+            found[str(kind_of(self.kernels[name]))] = Route(tuple(flat[::2]), tuple(Path(p) for p in flat[1::2]))
+        return {kind: str(route) for kind, route in found.items()}
 
     # --- new weights ---
 
@@ -226,7 +226,7 @@ class Life:
         stale = [self.kernels[name] for name in self.built if not self.kernels[name].fresh]
         with compat.forward_context(self.worker):
             for kernel in stale:
-                build.fill(kernel)
+                kernel.refill()
         return len(stale)
 
     def _reload(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -254,10 +254,28 @@ class Life:
             self.refresh()
         return result
 
+    def _discard(self, method: Callable[..., Any], tags: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+        """Where weights are thrown away, twins go with them, and come back when they do."""
+        gone = "weights" in tags
+        result = method((*tags, compat.POOL) if gone else tags, *args, **kwargs)
+        self.asleep = self.asleep or gone
+        return result
+
     # --- for tests and support ---
 
+    def status(self) -> dict[str, Any]:
+        """What `/metrics` shows of this worker."""
+        planned = {**self.plan.twins, **self.plan.missed}
+        held = sum(planned[name].nbytes for name in self.built)
+        calls: dict[str, dict[str, int]] = {}
+        for (path, rows), count in sorted(paths.calls.copy().items()):
+            calls.setdefault(path.name.lower(), {})[str(rows)] = count
+        tokens = 0 if self.kv_fixed or not self.floor.per_token else int(held / self.floor.per_token)
+        return {"twins": len(self.built), "missed": len(planned) - len(self.built), "bytes": held, "kv_tokens": tokens,
+                "calls": calls}  # fmt: skip
+
     def report(self, check: bool = False) -> str:
-        """JSON: twins by name (dtype, address, with `check` whether it is exact), calls by path, inner kernels."""
+        """JSON: twins by name (dtype, address, with `check` whether it is exact), calls by path, inner kernels, routes."""
         with compat.forward_context(self.worker):
             twins = {
                 name: {
@@ -270,7 +288,10 @@ class Life:
             }
         calls = {f"{path.name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
         inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
-        return json.dumps({"twins": twins, "calls": calls, "inner": inner, "kv_floor": self.floor.tokens})
+        return json.dumps({
+            "twins": twins, "bytes": self.status()["bytes"], "calls": calls, "inner": inner, "routes": self.routes(),
+            "kv_floor": self.floor.tokens,
+        })  # fmt: skip
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from twinweight.crossover import CPU_ELEMENTS, Measured, rotation, time_variants, twin_choice
-from twinweight.engines.vllm import build
+from twinweight.cache import Cache
+from twinweight.crossover import CPU_ELEMENTS, rotation, time_variants, twin_choice
+from twinweight.engines.vllm import compat
+from twinweight.engines.vllm.layout import slice_of
 from twinweight.kernels import backend_for, dense_linear
+from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
-from twinweight.timing import Timing
+from twinweight.plan import Offer, TwinOption
+from twinweight.workload import Workload
 
 if TYPE_CHECKING:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
@@ -38,6 +42,11 @@ class Kind:
     def __str__(self) -> str:
         return f"{self.n}x{self.k} ({self.inner})"
 
+    @property
+    def key(self) -> dict[str, object]:
+        """What the cache knows it by."""
+        return {"engine": "vllm", **asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
 
 def kind_of(kernel: TwinLinearKernel) -> Kind:
     """The `Kind` of a layer."""
@@ -46,6 +55,18 @@ def kind_of(kernel: TwinLinearKernel) -> Kind:
         kernel.n, kernel.k, c.group_size, str(c.weight_type), c.zero_points, getattr(c, "has_g_idx", False), kernel.dtype,
         type(kernel.inner).__name__,
     )  # fmt: skip
+
+
+def known_or_measured(kind: Kind, layers: Sequence[TwinLinearKernel], store: Cache | None) -> Measured:
+    """The times of a kind of layer, from the cache where they are there."""
+    device, vllm = next(layers[0].layer.parameters()).device, compat.version()
+    needed = {INT4, *(twin_choice(d) for d in backend_for(device).twin_dtypes(kind.dtype))}
+    found = store.read(kind.key, device, vllm=vllm) if store is not None else None
+    if found is None or not needed <= set(found.times):
+        found = measure(layers)
+        if store is not None:
+            store.write(kind.key, device, found, vllm=vllm)
+    return found
 
 
 @torch.inference_mode()
@@ -62,7 +83,7 @@ def measure(layers: Sequence[TwinLinearKernel]) -> Measured:
     if device.type == "cpu":
         n = min(n, max(64, CPU_ELEMENTS // first.k // 64 * 64))
     used = layers[: rotation(device, n * first.k // 2)]
-    parts = [build.slice_of(k, n) if n < k.n else None for k in used]
+    parts = [slice_of(k, n) if n < k.n else None for k in used]
     whole = any(part is None for part in parts)
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
     variants: dict[str, Callable[[Tensor], object]] = {INT4: _rotating(inners)}
@@ -71,22 +92,56 @@ def measure(layers: Sequence[TwinLinearKernel]) -> Measured:
         twins = [backend_for(device).empty_twin(n, first.k, dtype, device).normal_() for _ in range(copies)]
         variants[twin_choice(dtype)] = _rotating([_dense(t) for t in twins])
     wrap = _graphed if device.type == "cuda" else _plain
-    measured = time_variants(variants, first.k, n, first.dtype, device, repeats=3, wrap=wrap)
+    measured = time_variants(variants, first.k, n, first.dtype, device, wrap=wrap)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in variants}
-    scaled = {name: tuple(_times(x, factors[name]) for x in t) for name, t in measured.times.items()}
+    scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
 
 
-def route(measured: Measured, dtype: torch.dtype, least: int) -> Route:
-    """The route of a layer with a twin of `dtype`, which serves no fewer than `least` rows."""
-    found = measured.route([INT4, twin_choice(dtype)])
-    start = found.start_of(Path.TWIN)
-    return found if start is None else twin_from(max(start, least))
+def offer(kernel: TwinLinearKernel, measured: Measured | None, device: torch.device, rows: int | None, least: int) -> Offered:
+    """What a kind of layer could have, and which rows a twin would serve.
+
+    measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
+    twin. least: int4 serves all calls of fewer rows.
+    """
+    backend = backend_for(device)
+    sizes = {d: backend.twin_bytes(kernel.n, kernel.k, d, device) for d in backend.twin_dtypes(kernel.dtype)}
+    dtypes = {str(d).removeprefix("torch."): nbytes for d, nbytes in sizes.items()}
+    if measured is not None:
+        twins = tuple(Form(d, nbytes, (INT4, f"twin:{d}")) for d, nbytes in dtypes.items())
+        return Costs(measured, Form("none", 0, (INT4,)), twins, kernel.n, least)
+    given = {} if rows is None else dtypes
+    return Given(tuple(Form(d, n, (INT4, f"twin:{d}")) for d, n in given.items()), kernel.n * kernel.k, max(rows or 0, least))
 
 
-def twin_from(rows: int) -> Route:
-    """int4 below `rows`, the twin from there on."""
-    return Route((0, rows), (Path.INT4, Path.TWIN)) if rows > 0 else Route.always(Path.TWIN)
+class Offered(Offer, Protocol):
+    """An `Offer` that knows its routes."""
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """What a layer could have."""
+
+    def route(self, form: Form | None = None) -> Route:
+        """Which path serves which rows, with a form or without any."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The `Offer` where the crossover was given and nothing timed: each weight is worth the same."""
+
+    forms: tuple[Form, ...]
+    weights: int
+    rows: int
+
+    def route(self, form: Form | None = None) -> Route:
+        """int4 below `rows`, the twin from there on."""
+        if form is None:
+            return Route.always(Path.INT4)
+        return Route((0, self.rows), (Path.INT4, Path.TWIN)) if self.rows > 0 else Route.always(Path.TWIN)
+
+    def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+        """The forms, one as good as the other."""
+        return tuple(TwinOption(f.name, f.nbytes, self.weights / 1e6, f.is_twin) for f in self.forms)
 
 
 def _inner(kernel: TwinLinearKernel, part: object) -> Callable[[Tensor], object]:
@@ -100,10 +155,6 @@ def _dense(twin: Tensor) -> Callable[[Tensor], object]:
 def _rotating(calls: Sequence[Callable[[Tensor], object]]) -> Callable[[Tensor], object]:
     turn = itertools.cycle(calls)
     return lambda x: next(turn)(x)
-
-
-def _times(t: Timing, factor: float) -> Timing:
-    return Timing(t.median * factor, t.min * factor, t.max * factor)
 
 
 def _plain(run: Callable[[], None]) -> Callable[[], object]:

@@ -1,13 +1,16 @@
 """The opaque op of a wrapped layer: it sees the real number of rows, at run time, and calls the inner kernel or the twin.
 
 It takes a handle, not the twin: a twin as an argument makes layers with and without one different graphs (measured with 9 of
-16 twins: 4 compiled artifacts, not 3) and the plan a part of what is compiled. With a handle, a number in a CPU tensor that no
-trace looks into, all layers of a shape share one graph whatever the plan, and a twin can be dropped after compiling.
+16 twins: 4 compiled artifacts, not 3) and the plan a part of what is compiled. With a handle, which no trace looks into, all
+layers of a shape share one graph whatever the plan, and a twin can be dropped after compiling.
+
+The handle is the address of a tensor on the weight's device; its content is never read. A CPU tensor that holds a number is as
+easily read, but Inductor takes it for an unaligned input, and so every output of the op: the kernels that followed lost their
+vector loads (H200: decode of a 16-layer qwen3-32b 3 % slower).
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
 from typing import Protocol
@@ -15,31 +18,35 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twinweight.kernels import dense_linear
+from twinweight.kernels import dense_linear, int4_path
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.labels import labelled
 from twinweight.paths import Path, count, pick
 
 
 class Paths(Protocol):
     """What the op asks of a kernel."""
 
+    n: int
     route: list[int]
     twin: Tensor | None
     twin_bias: Tensor | None
+    own: KernelWeight | None
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By vLLM's own kernel."""
 
 
 _paths: dict[int, Callable[[], Paths | None]] = {}
-_numbers = itertools.count()
 
 
-def handle_for(kernel: Paths) -> Tensor:
-    """A handle of a kernel, which it does not keep alive: 0-dimensional int64 on the CPU, so reading it waits for no device."""
-    number = next(_numbers)
-    _paths[number] = weakref.ref(kernel)
-    weakref.finalize(kernel, _paths.pop, number, None)
-    return torch.tensor(number, dtype=torch.int64, device="cpu")
+def handle_for(kernel: Paths, device: torch.device) -> Tensor:
+    """A handle of a kernel, which it does not keep alive; the kernel must keep the handle."""
+    handle = torch.empty(1, dtype=torch.int64, device=device)
+    address = handle.data_ptr()
+    _paths[address] = weakref.ref(kernel)
+    weakref.finalize(kernel, _paths.pop, address, None)
+    return handle
 
 
 def kernels() -> list[Paths]:
@@ -48,17 +55,25 @@ def kernels() -> list[Paths]:
 
 
 def linear(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
-    """x: [..., K] -> [..., N] by the path that the kernel's route names for the product of x's leading sizes."""
-    kernel = _paths[int(handle)]()
+    """The op: x [..., K] -> [..., N] by the kernel of a handle."""
+    kernel = _paths[handle.data_ptr()]()
     if kernel is None:
         raise RuntimeError("the layer of this handle is gone")
+    return run(kernel, x, bias)
+
+
+def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [..., K] -> [..., N] by the path that the kernel's route names for the product of x's leading sizes."""
     m = x.numel() // x.shape[-1]
     path = pick(kernel.route, m)
     count(path, m)
-    if path == Path.TWIN and kernel.twin is not None:
-        return dense_linear(x, kernel.twin, None if bias is None else kernel.twin_bias)
-    # Some kernels pad N and return a slice; the traced graph counts on dense rows.
-    return kernel.inner_linear(x, bias).contiguous()
+    with labelled(path, m, kernel.n, x.shape[-1]):
+        if path == Path.TWIN and kernel.twin is not None:
+            return dense_linear(x, kernel.twin, None if bias is None else kernel.twin_bias)
+        if path != Path.FUSED and kernel.own is not None:
+            return int4_path(path, x.reshape(m, x.shape[-1]), kernel.own, bias).view(*x.shape[:-1], kernel.own.n)
+        # Some kernels pad N and return a slice; the traced graph counts on dense rows.
+        return kernel.inner_linear(x, bias).contiguous()
 
 
 def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:

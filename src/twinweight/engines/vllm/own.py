@@ -1,0 +1,90 @@
+"""A layer's int4 weight in our own layout, beside the inner kernel's: for ATen's int4 kernel on CPUs, and for `stream`.
+
+It costs a quarter of a bf16 twin, so the plan weighs it like one. It comes from what the inner kernel holds (read where its
+layout is known, else recovered from what it computes) and is kept only where it expands to that, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinweight.engines.vllm import build
+from twinweight.engines.vllm.layout import CpuLayout
+from twinweight.kernels import backend_for
+from twinweight.kernels.prepared import KernelWeight
+from twinweight.recover import recover
+from twinweight.weight import Int4Weight, pack_nibbles
+
+if TYPE_CHECKING:
+    from twinweight.engines.vllm.kernel import TwinLinearKernel
+
+_ROWS = 1024  # output features compared at a time
+
+
+def can_have(kernel: TwinLinearKernel) -> bool:
+    """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there."""
+    c = kernel.config
+    if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False):
+        return False
+    return kernel.device.type != "cpu" or CpuLayout.of(kernel) is not None
+
+
+def nbytes(kernel: TwinLinearKernel) -> int:
+    """Bytes of an own copy."""
+    symmetric = not kernel.config.zero_points
+    return backend_for(kernel.device).weight_bytes(kernel.n, kernel.k, _group_size(kernel), False, symmetric)
+
+
+@torch.inference_mode()
+def make(kernel: TwinLinearKernel) -> KernelWeight | None:
+    """The weight in our layout; None where that would compute something else."""
+    layout = CpuLayout.of(kernel)
+    weight = recover(build.dense(kernel), _group_size(kernel)) if layout is None else _read(layout, kernel.dtype)
+    if weight is None:
+        return None
+    own = backend_for(kernel.device).prepare(weight)
+    return own if layout is None or _is_exact(own, layout, kernel.dtype) else None
+
+
+def refill(kernel: TwinLinearKernel) -> None:
+    """Write new weights in place. Where they do not fit the copy: drops it on a CPU, raises RuntimeError on a GPU, whose
+    captured graphs hold its address.
+    """
+    new, old = make(kernel), kernel.own
+    if old is None:
+        return
+    if new is None or (new.zeros is None) != (old.zeros is None):
+        if kernel.device.type != "cpu":
+            raise RuntimeError("the new weights do not fit the own int4 copy of a layer: start the server anew")
+        kernel.drop()
+        return
+    for mine, fresh in ((old.packed, new.packed), (old.scales, new.scales), (old.zeros, new.zeros)):
+        if mine is not None and fresh is not None:
+            mine.copy_(fresh)
+
+
+def _group_size(kernel: TwinLinearKernel) -> int:
+    given = int(kernel.config.group_size)
+    return kernel.k if given <= 0 else given
+
+
+def _read(layout: CpuLayout, dtype: torch.dtype) -> Int4Weight:
+    zeros = layout.zero_points()
+    return Int4Weight(
+        pack_nibbles(layout.values()), layout.scales.t().contiguous().to(dtype),
+        None if zeros is None else zeros.t().contiguous(), None, layout.group_size, layout.words.shape[1] // 2,
+    )  # fmt: skip
+
+
+def _is_exact(own: KernelWeight, layout: CpuLayout, dtype: torch.dtype) -> bool:
+    """Our CPU kernel may round a zero point (`kernels/cpu.py`)."""
+    for start in range(0, own.n, _ROWS):
+        stop = min(start + _ROWS, own.n)
+        mine = torch.empty(stop - start, own.k, dtype=dtype)
+        backend_for(mine.device).expand_rows(own, start, stop, mine)
+        theirs = layout.rows(start, stop).dense(dtype).transpose(1, 2).reshape(stop - start, own.k)
+        if not torch.equal(mine, theirs):
+            return False
+    return True

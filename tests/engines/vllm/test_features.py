@@ -1,0 +1,87 @@
+"""What servers combine the plugin with: formats, adapters, speculation, several ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
+
+from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, result
+from tests.engines.vllm.models import PROMPTS, SHORT, adapter, linears, short, short_w8
+
+OFF_RUN = Job(short())
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_other_formats_have_twins_and_give_the_tokens_of_compressed_tensors(format: str) -> None:
+    job = Job(short(format), ON)
+    report = result(job)["reports"][0][0]
+    assert len(report["twins"]) == linears(job.model)
+    assert all(twin["exact"] for twin in report["twins"].values())
+    assert_same_tokens(OFF_RUN, job)
+
+
+def test_w8a16_has_no_kernel_on_a_cpu_with_the_plugin_or_without() -> None:
+    found = attempt(Job(short_w8(), ON))
+    assert "CPUWNA16 requires" in found["error"] or "not supported by CPUWNA16" in found["error"], found["error"]
+
+
+def test_an_adapter_works_on_a_base_weight_with_a_twin() -> None:
+    more = json.dumps({"enable_lora": True, "max_lora_rank": 8})
+    off, on = Job(short(), adapter=adapter(), more=more), Job(short(), ON, adapter=adapter(), more=more)
+    assert_same_tokens(off, on)
+    assert result(off)["ids"] != result(OFF_RUN)["ids"]
+    assert len(result(on)["reports"][0][0]["twins"]) == 4 * SHORT
+    assert calls(on, 2)["twin@256"] > 0
+
+
+def test_speculated_tokens_stay_on_int4() -> None:
+    more = json.dumps({
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    })  # fmt: skip
+    on = json.dumps({"twinweight": {"mode": "soft", "crossover": 2}})
+    prompts = (PROMPTS[0] * 3, PROMPTS[0])
+    # After numba, which proposes tokens here, no second server starts in the process: vLLM trips over a module of its.
+    job = Job(short(), on, more=more, prompts=prompts, environ=(("PROCESS", "speculation"),))
+    assert_same_tokens(Job(short(), prompts=prompts), job)
+    alone = calls(job, 1)
+    assert alone.pop("int4@4") > 0, alone  # one sequence and three guesses
+    assert all(path.startswith("int4@") for path in alone if int(path.partition("@")[2]) <= 4), alone
+    assert any(path.startswith("twin@") for path in alone)
+
+
+COMPILED = Job(short(group_size=64), ON, eager=False, more='{"tensor_parallel_size": 2}', environ=COMPILING)
+
+
+def test_two_compiled_ranks_decide_alike_and_agree_with_one() -> None:
+    assert_same_tokens(OFF_RUN, COMPILED)
+    ranks = result(COMPILED)["reports"][0]
+    assert len(ranks) == 2
+    assert [len(rank["twins"]) for rank in ranks] == [4 * SHORT] * 2
+    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
+    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_compiled_decode_runs_the_inner_kernel_after_a_prefill_shaped_warm_up(rank: int) -> None:
+    assert calls(COMPILED, 0, rank) == {"twin@256": 4 * SHORT}
+    alone = calls(COMPILED, 1, rank)
+    assert alone.pop("int4@1") == 4 * SHORT * (TOKENS - 1)
+    assert alone in ({"twin@32": 4 * SHORT}, {"twin@16": 4 * SHORT})
+
+
+def test_ray_workers_measure_and_plan_alike() -> None:
+    more = '{"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}'
+    job = Job(short(group_size=64), '{"twinweight": {"mode": "soft"}}', more=more, environ=RAY)
+    assert_same_tokens(OFF_RUN, job)
+    ranks = result(job)["reports"][0]
+    assert len(ranks) == 2
+    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
+    assert ranks[0]["routes"] == ranks[1]["routes"]
+    assert len(ranks[0]["inner"]) == 4 * SHORT
+    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
+    assert calls(job, 2, rank=0) == calls(job, 2, rank=1)
