@@ -11,7 +11,7 @@ import torch
 
 from twinweight import crossover
 from twinweight.cache import Cache
-from twinweight.crossover import GRID, Crossovers, Shape, choices_of, int8_slice, measure, time_variants, without_twin
+from twinweight.crossover import GRID, Crossovers, Shape, choices_of, int8_slice, measure, time_variants
 from twinweight.kernels import int8
 from twinweight.measured import Measured
 from twinweight.paths import Path, Route
@@ -26,12 +26,12 @@ def shape(n: int = 128, k: int = 128, **more: bool) -> Shape:
 
 @pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, True)])
 def test_a_cpu_shape_is_measured_quickly_and_once(symmetric: bool, act_order: bool) -> None:
-    asked = shape(1024, 1024, symmetric=symmetric, act_order=act_order)
+    asked = shape(512, 512, symmetric=symmetric, act_order=act_order)
     crossovers = Crossovers(store=None)
     start = time.monotonic()
     first = crossovers.get(asked)
     assert time.monotonic() - start < 30  # about a second on a quiet machine
-    assert set(first.times) == {*without_twin(CPU), "twin:bfloat16", "twin:float32"}
+    assert set(first.times) == set(choices_of(asked)) >= {"int4", "stream", "twin:bfloat16"}
     assert set(GRID["cpu"]) <= set(first.ms)
     assert all(t.min > 0 for ts in first.times.values() for t in ts)
     assert crossovers.get(asked) is first
@@ -65,7 +65,7 @@ def test_takeovers_are_found_between_the_sizes_of_the_grid(clock: dict[str, Call
     for choices, exact in ((["int4", "twin:bfloat16"], 25), (["int4", "stream"], 125)):
         start = found.route(choices).starts[1]
         assert exact < start <= exact * 1.11
-    assert len(found.ms) <= len(GRID["cpu"]) + 6
+    assert len(found.ms) <= len(GRID["cpu"]) + 10
     for choices in (["int4", "stream"], ["int4", "stream", "twin:bfloat16"]):
         for m in range(1, 512):
             chosen = next(c for start, c in reversed(found.pieces(choices)) if start <= m)

@@ -150,8 +150,10 @@ def _mode(
     kv = max(0, budget.kv_bytes(found.twin_bytes) + scratch)
     result = {
         "twins": len(found.twins), "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
-        "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits, "missing_bytes":
-        max(0, found.twin_bytes - budget.for_twins) if starts else budget.kv_floor - budget.kv_bytes(0) - scratch,
+        "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits,
+        "missing_bytes": (
+            max(0, found.twin_bytes - budget.for_twins) if starts else budget.kv_floor - budget.kv_bytes(0) - scratch
+        ),
     }  # fmt: skip
     return result, found, says
 

@@ -8,7 +8,10 @@ from typing import Any
 from twinweight.errors import ConfigError
 
 _GIB = 1 << 30
-_COLOURS = {"int4": "#1f77b4", "fused": "#9467bd", "stream": "#2ca02c", "twin:bfloat16": "#d62728", "twin:float16": "#d62728"}
+_COLOURS = {
+    "int4": "#1f77b4", "fused": "#9467bd", "stream": "#2ca02c", "twin:bfloat16": "#d62728", "twin:float16": "#d62728",
+    "twin:float32": "#ff7f0e", "twin:int8": "#e377c2", "twin:fp8-row": "#e377c2", "twin:fp8-exact": "#8c564b",
+}  # fmt: skip
 
 
 def _pyplot() -> Any:
@@ -56,9 +59,10 @@ def plan_plot(result: dict[str, Any], file: Path) -> None:
     plt = _pyplot()
     budget, modes = result["budget"], result["modes"]
     figure, panel = plt.subplots(figsize=(7, 1.2 + 0.7 * len(modes)), layout="constrained")
-    reserves = sum(budget[line] for line in ("activations", "graphs and libraries", "scratch of stream"))
-    for at, found in enumerate(reversed(modes.values())):
+    for at, (mode, found) in enumerate(reversed(modes.items())):
         left = 0.0
+        lines = ("activations", "graphs and libraries", *(["scratch of stream"] if mode != "off" else []))
+        reserves = sum(budget[line] for line in lines)
         parts = [
             ("weights", budget["weights"], "#1f77b4"), ("reserves", reserves, "#8c8c8c"),
             ("twins", found["twin_bytes"], "#d62728"), ("KV cache", found["kv_bytes"], "#2ca02c"),
@@ -67,12 +71,12 @@ def plan_plot(result: dict[str, Any], file: Path) -> None:
             panel.barh(at, nbytes / _GIB, left=left, color=colour, label=label if at == 0 else None)
             left += nbytes / _GIB
         text = f"{found['kv_tokens']:,} KV tokens" if found["fits"] else "does not fit"
-        panel.annotate(text, (left, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+        panel.annotate(text, (budget["total"] / _GIB, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     panel.axvline(budget["total"] / _GIB, color="black")
     panel.axvline((budget["total"] - budget["kept free"]) / _GIB, color="black", linestyle=":")
     panel.set_yticks(range(len(modes)), list(reversed(modes)))
     panel.set(xlabel="GiB of one GPU (dotted: what may be used)", title=f"{result['model']}, {result['tp']} x {result['gpu']}")
-    panel.margins(x=0.15)
+    panel.margins(x=0.25)
     panel.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     _save(plt, figure, file)
 

@@ -171,15 +171,19 @@ def twin_bytes(model: nn.Module) -> int:
 
 @contextmanager
 def twins_in_use(model: nn.Module, use: bool) -> Iterator[None]:
-    """Run without the twins (False) while they stay in memory: the two arms of a comparison on one model."""
-    before = {linear: linear.use_twin for linear in int4_linears(model).values()}
-    for linear in before:
+    """Run as in mode `off` (False) while the twins stay in memory: the two arms of a comparison on one model."""
+    before = {linear: (linear.use_twin, linear.route_without_twin) for linear in int4_linears(model).values()}
+    crossovers = state_of(model).crossovers
+    for linear, (_, route) in before.items():
         linear.use_twin = use
+        if not use and Path.STREAM in route.paths:
+            measured = crossovers.get(shape_of(linear))
+            linear.route_without_twin = measured.route(_plain(measured, "off"))
     try:
         yield
     finally:
-        for linear, value in before.items():
-            linear.use_twin = value
+        for linear, (value, route) in before.items():
+            linear.use_twin, linear.route_without_twin = value, route
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def test_profile_then_roofline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert [(p["phase"], p["steps"], p["rows"]) for p in arm["phases"][:2]] == [("prefill", 1, [192]), ("decode", 2, [2])]
         linears = [r for r in arm["ops"] if r["path"]]
         assert {r["shape"] for r in linears} == {f"{m}x{s}" for m in (192, 2) for s in shapes}
-        assert all(r["roof_pct"] and r["bound"] for r in linears)
+        assert all(r["roof_pct"] is not None and r["bound"] for r in linears)
     assert "int4" in {r["path"] for r in result["before"]["ops"]} <= {"", "int4", "stream"}
 
 

@@ -64,13 +64,13 @@ def plan(
 def plan_table(result: dict[str, Any], only: str | None = None) -> Group:
     """Two tables, the budget's lines and a row a mode; then what does not fit, and what the figures rest on."""
     each = " on each" if result["tp"] > 1 else ""
-    budget = Table(title=f"{result['model']} on {result['tp']} x {result['gpu']}: memory{each}", title_justify="left")
-    budget.add_column("")
+    title = Text(f"{result['model']} on {result['tp']} x {result['gpu']}, memory{each}", style="bold")
+    budget = Table("", header_style="bold")
     budget.add_column("GiB", justify="right")
     for line, nbytes in result["budget"].items():
         if line != "in use by others":
             budget.add_row(f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, _gib(nbytes))
-    modes = Table(title="what each mode gives", title_justify="left", header_style="bold")
+    modes = Table(header_style="bold")
     for column in ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"):
         modes.add_column(column, justify="left" if column == "mode" else "right")
     for mode, found in result["modes"].items():
@@ -89,7 +89,7 @@ def plan_table(result: dict[str, Any], only: str | None = None) -> Group:
     verdicts = [Text(f"{mode}: {text}") for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
     if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
         verdicts.append(Text(f"hard: {result['verdicts']['hard']}"))
-    return Group(budget, modes, *verdicts, *(Text(line) for line in lines))
+    return Group(title, budget, modes, *verdicts, *(Text(line) for line in lines))
 
 
 def _gib(nbytes: int) -> str:

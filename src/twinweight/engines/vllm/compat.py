@@ -358,8 +358,12 @@ def rank() -> int:
 
 
 def workload(worker: Any) -> Workload:
-    """What twins are chosen for: prefills as large as the scheduler makes them."""
-    return Workload.prefill(int(worker.vllm_config.scheduler_config.max_num_batched_tokens))
+    """What twins are chosen for: prefills as large as the scheduler makes them, and decode steps of one and of 8 requests.
+
+    Decode only counts where something serves it faster than the inner kernel: on CPUs, or where a twin wins at few rows.
+    """
+    chunk = int(worker.vllm_config.scheduler_config.max_num_batched_tokens)
+    return Workload.of({1: 64.0, 8: 16.0, chunk: 1.0})
 
 
 def version() -> str:

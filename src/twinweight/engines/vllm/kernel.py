@@ -46,6 +46,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.k, self.n = c.partition_weight_shape
         self.dtype: torch.dtype = c.act_type
         self.twin: Tensor | None = None
+        self.twin_scales: Tensor | None = None
         self.twin_bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
@@ -101,7 +102,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def drop(self) -> None:
         """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4
-        self.twin = self.twin_bias = self.own = None
+        self.twin = self.twin_scales = self.twin_bias = self.own = None
         self.fresh = False
 
 

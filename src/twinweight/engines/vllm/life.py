@@ -8,10 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from twinweight import cache, paths
-from twinweight.engines.vllm import build, compat, measure, metrics
+from twinweight.engines.vllm import build, compat, measure, metrics, own
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
@@ -21,6 +19,7 @@ from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, Plan, plan
+from twinweight.twins import lossy_kinds
 
 log = logging.getLogger("vllm.twinweight")
 
@@ -78,7 +77,7 @@ class Life:
                 layers.setdefault(kind_of(kernel), []).append(kernel)
             try:
                 store = cache.default()
-                found = {kind: measure.known_or_measured(kind, of_kind, store) for kind, of_kind in layers.items()}
+                found = {k: measure.known_or_measured(k, ks, self._lossy(ks[0]), store) for k, ks in layers.items()}
             except (RuntimeError, MemoryError):
                 log.exception("Twinweight could not time the kernels")
                 found = None
@@ -105,9 +104,22 @@ class Life:
         """What each kind of layer could have. A decode step of one sequence stays on int4, its speculated tokens included."""
         rows = compat.draft_rows(self.worker)
         least = rows + 1 if rows > 1 else 0
-        device, given = compat.device_of(self.worker), self.config.crossover
+        given = self.config.crossover
         kernels = {kind_of(kernel): kernel for kernel in self.kernels.values()}
-        return {kind: measure.offer(k, measured.get(kind), device, given, least) for kind, k in kernels.items()}
+        offers = {kind: measure.offer(k, measured.get(kind), given, least, self._lossy(k)) for kind, k in kernels.items()}
+        if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
+            log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
+        return offers
+
+    def _kinds(self, kernel: TwinLinearKernel) -> tuple[list[str], list[str]]:
+        """Of the 8-bit kinds of twins asked for: those that a layer can have, and why not the others."""
+        found, reasons = lossy_kinds(measure.shape_of(kernel), self.config.dtype)
+        if found and not own.can_have(kernel):
+            return [], [f"{', '.join(found)}: the int4 weight cannot be read back from {type(kernel.inner).__name__}"]
+        return found, reasons
+
+    def _lossy(self, kernel: TwinLinearKernel) -> list[str]:
+        return self._kinds(kernel)[0]
 
     def _route(self, kernel: TwinLinearKernel, name: str) -> Route:
         """With the form of that name."""
@@ -120,7 +132,7 @@ class Life:
         ranked = sorted(self.plan.twins.items(), key=lambda p: -p[1].saved_us / p[1].nbytes)
         for name, option in ranked:
             try:
-                self._build_one(self.kernels[name], getattr(torch, option.dtype))
+                self._build_one(self.kernels[name], option.name)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -133,11 +145,19 @@ class Life:
             raise BudgetError("mode hard: out of memory while building twins", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
 
-    def _build_one(self, kernel: TwinLinearKernel, dtype: torch.dtype) -> None:
+    def _build_one(self, kernel: TwinLinearKernel, form: str) -> None:
+        """A form is a kind of twin, an own copy, or "own+<kind>"; without the copy where that would not be exact."""
+        parts = form.split("+")
+        made = own.make(kernel) if measure.OWN in parts else None
+        kind = next((part for part in parts if part != measure.OWN), None)
         with compat.pool(self.worker):
-            build.allocate(kernel, dtype)
+            kernel.own = None if made is None else made.clone()
+            if kind is not None:
+                build.allocate(kernel, kind)
         build.fill(kernel)
-        kernel.route = self._route(kernel, str(dtype).removeprefix("torch.")).flat()
+        kernel.fresh = True
+        if made is not None or kind is not None:
+            kernel.route = self._route(kernel, form if made is not None or measure.OWN not in parts else str(kind)).flat()
 
     def _keep(self, count: int) -> None:
         for name in self.built[count:]:
@@ -281,7 +301,7 @@ class Life:
                 name: {
                     "dtype": self.plan.twins[name].dtype,
                     "address": t.data_ptr(),
-                    "exact": build.is_exact(self.kernels[name]) if check else None,
+                    "exact": build.is_exact(self.kernels[name]) if check and self.kernels[name].twin_scales is None else None,
                 }
                 for name in self.built
                 if (t := self.kernels[name].twin) is not None

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from twinweight import twin
 from twinweight.cache import Cache
-from twinweight.crossover import CPU_ELEMENTS, rotation, time_variants, twin_choice
-from twinweight.engines.vllm import compat
+from twinweight.crossover import CPU_ELEMENTS, Shape, rotation, time_variants, twin_choice, variants
+from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
-from twinweight.kernels import backend_for, dense_linear
+from twinweight.kernels import backend_for
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import Offer, TwinOption
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
 
 INT4 = "int4"
+OWN = "own"
+"""The inner kernel, and our int4 kernel on a copy of the weight in our layout (`own`)."""
 
 
 @dataclass(frozen=True)
@@ -57,61 +60,99 @@ def kind_of(kernel: TwinLinearKernel) -> Kind:
     )  # fmt: skip
 
 
-def known_or_measured(kind: Kind, layers: Sequence[TwinLinearKernel], store: Cache | None) -> Measured:
-    """The times of a kind of layer, from the cache where they are there."""
-    device, vllm = next(layers[0].layer.parameters()).device, compat.version()
-    needed = {INT4, *(twin_choice(d) for d in backend_for(device).twin_dtypes(kind.dtype))}
+def known_or_measured(kind: Kind, layers: Sequence[TwinLinearKernel], lossy: Sequence[str], store: Cache | None) -> Measured:
+    """The times of a kind of layer, from the cache where they are there. lossy: kinds of 8-bit twins to time besides."""
+    device, vllm = layers[0].device, compat.version()
+    needed = {INT4, *_ours(layers[0], lossy)}
     found = store.read(kind.key, device, vllm=vllm) if store is not None else None
     if found is None or not needed <= set(found.times):
-        found = measure(layers)
+        found = measure(layers, lossy)
         if store is not None:
             store.write(kind.key, device, found, vllm=vllm)
     return found
 
 
 @torch.inference_mode()
-def measure(layers: Sequence[TwinLinearKernel]) -> Measured:
-    """Time the inner kernel and the dense GEMMs of the dtypes a twin may have; `layers` are of one kind.
+def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = ()) -> Measured:
+    """Time the inner kernel and all that a layer could have besides; `layers` are of one kind.
 
-    Calls rotate over the layers, and over copies of the dense weight, so that caches do not answer for memory. On a CPU a
+    Calls rotate over the layers, and over copies of what is ours, so that caches do not answer for memory. On a CPU a
     slice of rows stands for the weight, and its time is scaled. On a GPU graphs are timed: at few rows a launch costs
     more than the kernel, and a server decodes from graphs.
     """
     first = layers[0]
-    device = next(first.layer.parameters()).device
-    n = first.n
+    device, n = first.device, first.n
     if device.type == "cpu":
         n = min(n, max(64, CPU_ELEMENTS // first.k // 64 * 64))
     used = layers[: rotation(device, n * first.k // 2)]
     parts = [slice_of(k, n) if n < k.n else None for k in used]
     whole = any(part is None for part in parts)
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
-    variants: dict[str, Callable[[Tensor], object]] = {INT4: _rotating(inners)}
-    for dtype in backend_for(device).twin_dtypes(first.dtype):
-        copies = rotation(device, n * first.k * dtype.itemsize)
-        twins = [backend_for(device).empty_twin(n, first.k, dtype, device).normal_() for _ in range(copies)]
-        variants[twin_choice(dtype)] = _rotating([_dense(t) for t in twins])
+    ours = _ours(first, lossy)
+    timed = variants(shape_of(first), n, list(ours.values()))
+    calls = {INT4: _rotating(inners), **{name: timed[choice] for name, choice in ours.items()}}
     wrap = _graphed if device.type == "cuda" else _plain
-    measured = time_variants(variants, first.k, n, first.dtype, device, wrap=wrap)
-    factors = {name: 1 if name == INT4 and whole else first.n / n for name in variants}
+    measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap)
+    factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
 
 
-def offer(kernel: TwinLinearKernel, measured: Measured | None, device: torch.device, rows: int | None, least: int) -> Offered:
+def shape_of(kernel: TwinLinearKernel) -> Shape:
+    """What the embedded engine would call a layer's shape."""
+    c = kernel.config
+    group = kernel.k if c.group_size <= 0 else int(c.group_size)
+    return Shape(kernel.n, kernel.k, group, not c.zero_points, False, kernel.dtype, kernel.device)
+
+
+def _ours(kernel: TwinLinearKernel, lossy: Sequence[str]) -> dict[str, str]:
+    """What can be timed beside the inner kernel: its name here, and in `crossover.variants`.
+
+    An own copy buys a faster int4 kernel on CPUs; on GPUs it buys `stream` alone.
+    """
+    device = kernel.device
+    kinds = {twin_choice(kind): twin_choice(kind) for kind in (_dense_kind(kernel), *lossy)}
+    if not own.can_have(kernel):
+        return kinds
+    return {**({OWN: INT4} if device.type == "cpu" else {}), "stream": "stream", **kinds}
+
+
+def _dense_kind(kernel: TwinLinearKernel) -> str:
+    """Of the exact kinds the one with the fastest GEMM; each that is timed takes seconds of a start-up on CPUs."""
+    return str(backend_for(kernel.device).stream_dtype(kernel.dtype)).removeprefix("torch.")
+
+
+def forms_of(kernel: TwinLinearKernel, lossy: Sequence[str]) -> tuple[Form, ...]:
+    """What a layer could have: twins, an own copy, or both."""
+    device = kernel.device
+    twins = {kind: (twin.nbytes(kind, kernel.n, kernel.k, device), twin_choice(kind)) for kind in (_dense_kind(kernel), *lossy)}
+    forms = [Form(kind, nbytes, (INT4, choice)) for kind, (nbytes, choice) in twins.items()]
+    if not own.can_have(kernel):
+        return tuple(forms)
+    copy = own.nbytes(kernel)
+    if device.type != "cpu":
+        return (*forms, Form(OWN, copy, (INT4, "stream"), (Path.FUSED, Path.STREAM), is_twin=False))
+    choices, taken = (OWN, INT4, "stream"), (Path.INT4, Path.FUSED, Path.STREAM)
+    forms.append(Form(OWN, copy, choices, taken, is_twin=False))
+    both = [Form(f"{OWN}+{k}", copy + n, (*choices, choice), (*taken, Path.TWIN)) for k, (n, choice) in twins.items()]
+    return (*forms, *both)
+
+
+def offer(
+    kernel: TwinLinearKernel, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()
+) -> Offered:
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
-    twin. least: int4 serves all calls of fewer rows.
+    twin. least: int4 serves all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
     """
-    backend = backend_for(device)
-    sizes = {d: backend.twin_bytes(kernel.n, kernel.k, d, device) for d in backend.twin_dtypes(kernel.dtype)}
-    dtypes = {str(d).removeprefix("torch."): nbytes for d, nbytes in sizes.items()}
+    forms = forms_of(kernel, lossy)
     if measured is not None:
-        twins = tuple(Form(d, nbytes, (INT4, f"twin:{d}")) for d, nbytes in dtypes.items())
-        return Costs(measured, Form("none", 0, (INT4,)), twins, kernel.n, least)
-    given = {} if rows is None else dtypes
-    return Given(tuple(Form(d, n, (INT4, f"twin:{d}")) for d, n in given.items()), kernel.n * kernel.k, max(rows or 0, least))
+        # Below `least` rows the inner kernel serves, which is `fused` where a GPU's layer has an own copy.
+        usable = tuple(f for f in forms if not least or f.paths[:1] != (Path.FUSED,))
+        return Costs(measured, Form("none", 0, (INT4,)), usable, kernel.n, least)
+    given = tuple(f for f in forms if not f.paths) if rows is not None else ()
+    return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 
 
 class Offered(Offer, Protocol):
@@ -146,10 +187,6 @@ class Given:
 
 def _inner(kernel: TwinLinearKernel, part: object) -> Callable[[Tensor], object]:
     return lambda x: kernel.inner.apply_weights(kernel.layer if part is None else part, x, None)
-
-
-def _dense(twin: Tensor) -> Callable[[Tensor], object]:
-    return lambda x: dense_linear(x, twin, None)
 
 
 def _rotating(calls: Sequence[Callable[[Tensor], object]]) -> Callable[[Tensor], object]:

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from twinweight import twin
 from twinweight.kernels import dense_linear, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import labelled
@@ -30,6 +31,7 @@ class Paths(Protocol):
     n: int
     route: list[int]
     twin: Tensor | None
+    twin_scales: Tensor | None
     twin_bias: Tensor | None
     own: KernelWeight | None
 
@@ -69,7 +71,11 @@ def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
     count(path, m)
     with labelled(path, m, kernel.n, x.shape[-1]):
         if path == Path.TWIN and kernel.twin is not None:
-            return dense_linear(x, kernel.twin, None if bias is None else kernel.twin_bias)
+            bias = None if bias is None else kernel.twin_bias
+            if kernel.twin_scales is None:
+                return dense_linear(x, kernel.twin, bias)
+            rows = x.reshape(m, x.shape[-1])
+            return twin.linear(rows, kernel.twin, kernel.twin_scales, bias).view(*x.shape[:-1], kernel.n)
         if path != Path.FUSED and kernel.own is not None:
             return int4_path(path, x.reshape(m, x.shape[-1]), kernel.own, bias).view(*x.shape[:-1], kernel.own.n)
         # Some kernels pad N and return a slice; the traced graph counts on dense rows.

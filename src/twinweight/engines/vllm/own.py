@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinweight.engines.vllm import build
+from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
@@ -38,14 +38,16 @@ def nbytes(kernel: TwinLinearKernel) -> int:
 
 
 @torch.inference_mode()
-def make(kernel: TwinLinearKernel) -> KernelWeight | None:
-    """The weight in our layout; None where that would compute something else."""
+def make(kernel: TwinLinearKernel, *, exact: bool = True) -> KernelWeight | None:
+    """The weight in our layout; None where that would compute something else, by as much as a rounded zero point if not
+    `exact` (for 8-bit twins, which round more).
+    """
     layout = CpuLayout.of(kernel)
-    weight = recover(build.dense(kernel), _group_size(kernel)) if layout is None else _read(layout, kernel.dtype)
+    weight = recover(identity.dense(kernel), _group_size(kernel)) if layout is None else _read(layout, kernel.dtype)
     if weight is None:
         return None
     own = backend_for(kernel.device).prepare(weight)
-    return own if layout is None or _is_exact(own, layout, kernel.dtype) else None
+    return own if layout is None or not exact or _is_exact(own, layout, kernel.dtype) else None
 
 
 def refill(kernel: TwinLinearKernel) -> None:

@@ -1,0 +1,90 @@
+"""`twinweight plan` from outside: tables, JSON, exit codes, counters of a server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from twinweight import cli
+
+ASK = ("plan", "llama-3.2-1b", "--gpu", "rtx4090", "--max-model-len", 8192)
+
+
+@dataclass
+class Command:
+    """`twinweight` in this process: a process of its own takes two seconds to start."""
+
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *args: object) -> tuple[int, str, str]:
+        """(exit code, standard output, standard error)."""
+        self.monkeypatch.setattr(sys, "argv", ["twinweight", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return (int(code) if code else 0, *self.capsys.readouterr())
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return Command(monkeypatch, capsys)
+
+
+def test_tables_json_and_plot(run: Command, tmp_path: Path) -> None:
+    code, out, err = run(*ASK, "--json", tmp_path / "p.json", "--plot", tmp_path / "p.png")
+    assert code == 0, err
+    assert max(len(line) for line in out.splitlines() if not line.startswith("written")) <= 80
+    text = " ".join(out.split())
+    for word in ("for twins", "KV floor, 8,192 tokens", "off", "soft", "hard", "roofline", "is assumed", "decode is unchanged"):
+        assert word in text
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["modes"].keys() == {"off", "soft", "hard"}
+    for mode in found["modes"].values():
+        assert {"twins", "weights", "twin_bytes", "kv_tokens", "fits"} <= mode.keys()
+    lines = {"total", "weights", "activations", "graphs and libraries", "scratch of stream", "KV floor", "for twins"}
+    assert lines <= found["budget"].keys()
+    assert (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_a_mode_that_does_not_fit_fails_with_the_arithmetic(run: Command) -> None:
+    large = ("plan", "llama-3.3-70b", "--gpu", "h200", "--max-model-len", 32768, "--mode")
+    code, out, err = run(*large, "hard")
+    assert code == 5
+    assert "left for twins" in err
+    assert err.count("(up to") == 3
+    assert "│ soft" not in out
+    assert run(*large, "soft")[0] == 0
+
+
+def test_counters_of_a_server_decide(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "decode").write_text('twinweight_calls_total{path="int4",rows="8"} 1000\n')
+    (tmp_path / "mixed.json").write_text('{"calls": {"int4": {"8": 1000}, "twin": {"2048": 10}}}')
+    twins = {}
+    for name in ("decode", "mixed.json"):
+        code, _, err = run(*ASK, "--from-metrics", tmp_path / name, "--json", tmp_path / "out.json")
+        assert code == 0, err
+        twins[name] = json.loads((tmp_path / "out.json").read_text())["modes"]["soft"]["twins"]
+    assert twins == {"decode": 0, "mixed.json": 64}
+
+
+def test_errors_are_one_message(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text("")
+    for args, code, word in (
+        (("plan", "llama-3.2-1b", "--gpu", "abacus"), 2, "RTX 4090"),
+        (("plan", "gpt-9", "--gpu", "h200"), 2, "llama-3.2-1b"),
+        ((*ASK, "--mode", "on"), 2, "off, soft, hard"),
+        ((*ASK, "--tp", 3), 2, "--tp 3"),
+        ((*ASK, "--from-metrics", tmp_path / "empty"), 2, "no calls"),
+        ((*ASK, "--json", tmp_path / "empty" / "x.json"), 2, "cannot write"),
+    ):
+        found, _, err = run(*args)
+        assert found == code, (args, err)
+        assert word in err
+        assert "Traceback" not in err

@@ -1,0 +1,234 @@
+"""The offline planner: documented examples re-derived by hand, agreement with servers that ran, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_measured import measured
+from twinweight import cache, gpus, plots, presets
+from twinweight.errors import CheckpointError, ConfigError
+from twinweight.planner import Request, plan_model
+from twinweight.sharding import shard
+from twinweight.workload import Workload
+
+GIB = 1 << 30
+ROOT = Path(__file__).parent.parent
+
+
+def by_hand(
+    *,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    tp: int,
+    gib: int,
+    floor: int,
+    tokens: int,
+    sequences: int,
+) -> dict[str, int]:
+    """The arithmetic of docs/planning.md, from the model card alone. Heads have 128 dimensions, the head is not tied."""
+    qkv = (heads + 2 * kv_heads) // tp * 128 * hidden
+    o = hidden * heads * 128 // tp
+    gate_up, down = 2 * intermediate // tp * hidden, hidden * intermediate // tp
+    elements = layers * (qkv + o + gate_up + down)
+    int4 = elements // 2 + elements // 128 * 2
+    dense = (2 * vocabulary // tp * hidden + (2 * layers + 1) * hidden) * 2
+    total, widest = gib * GIB, max(2 * intermediate // tp, hidden)
+    kv = 2 * layers * kv_heads // tp * 128 * 2
+    activations = max(tokens * (widest * 3 // 2 + 4 * hidden) * 2, sequences * vocabulary * 4 * 3)
+    graphs = 51 * (16 << 20)  # 1, 2, 4, then every 8th to 256, then every 16th to 512
+    scratch = min(256 << 20, 2 * max(qkv, gate_up // 1, down, o))
+    transient = max(512 * (widest + hidden) * 2, 40 << 20)
+    kept = round(total * 0.1)
+    room = total - kept - int4 - dense - activations - graphs - scratch - transient - floor * kv
+    return {
+        "weights": int4 + dense, "twins": 2 * elements, "room": room,
+        "off": (room + scratch + transient + floor * kv) // kv,
+        "hard": (room + transient + floor * kv - 2 * elements) // kv,
+    }  # fmt: skip
+
+
+LLAMA_8B = {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocabulary": 128256}
+LLAMA_70B = {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocabulary": 128256}
+
+
+@pytest.mark.parametrize(
+    ("model", "ask", "hand", "fits"),
+    [
+        (
+            "llama-3.1-8b", Request("rtx4090", kv_floor=32768),
+            by_hand(**LLAMA_8B, tp=1, gib=24, floor=32768, tokens=2048, sequences=256), False,
+        ),
+        (
+            "llama-3.3-70b", Request("h200", max_model_len=32768),
+            by_hand(**LLAMA_70B, tp=1, gib=141, floor=32768, tokens=8192, sequences=1024), False,
+        ),
+        (
+            "llama-3.3-70b", Request("h200", tp=2, max_model_len=32768),
+            by_hand(**LLAMA_70B, tp=2, gib=141, floor=32768, tokens=8192, sequences=1024), True,
+        ),
+    ],
+    ids=["8b on 24 GiB", "70b on one H200", "70b on two"],
+)  # fmt: skip
+def test_the_documented_examples(model: str, ask: Request, hand: dict[str, int], fits: bool) -> None:
+    found = plan_model(model, ask)
+    off, soft, hard = (found["modes"][m] for m in ("off", "soft", "hard"))
+    assert found["budget"]["weights"] == hand["weights"]
+    assert found["budget"]["for twins"] == hand["room"]
+    assert (off["twins"], off["twin_bytes"], off["fits"], off["kv_tokens"]) == (0, 0, True, hand["off"])
+    assert hard["fits"] is fits is (hand["twins"] <= hand["room"])
+    assert hard["twin_bytes"] == hand["twins"]
+    assert soft["fits"]
+    assert soft["twin_bytes"] <= hand["room"]
+    assert soft["kv_tokens"] >= found["kv_floor_tokens"] == 32768
+    if fits:
+        assert soft["twins"] == hard["twins"] == hard["weights"]
+        assert soft["kv_tokens"] == hard["kv_tokens"] == hand["hard"]
+        assert found["verdicts"] == {}
+    else:
+        # What is left over is less than the smallest twin there is.
+        smallest = min(2 * k.n * k.k for k in shard(presets.preset(model)).weights.values())
+        assert hand["room"] - soft["twin_bytes"] < smallest
+        assert hard["missing_bytes"] == hand["twins"] - hand["room"]
+        for word in ("weights", "KV floor", "left for twins", "GiB short", "twice as many GPUs"):
+            assert word in found["verdicts"]["soft"]
+        assert found["verdicts"]["hard"].count("(up to") == 3
+    # The documentation quotes these figures.
+    text = (ROOT / "docs" / "planning.md").read_text()
+    for number in (f"{hand['room'] / GIB:.3f}", f"{soft['kv_tokens']:,}", f"{off['kv_tokens']:,}", f"{soft['twins']} of"):
+        assert number in text, number
+
+
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-32b"])
+def test_kv_tokens_agree_with_servers_that_ran(model: str) -> None:
+    """vLLM 0.26 on an H200 with its defaults of the time: 92 % of the memory, 16384 tokens a step, 1024 sequences."""
+    records = json.loads((ROOT / "benchmarks" / "results" / "h200-vllm.json").read_text())["records"]
+    ran = {r["mode"]: r["kv_tokens"] for r in records if r["model"] == model and r["inner_kernel"] == "MacheteLinearKernel"}
+    ask = Request("h200", utilization=0.92, max_model_len=16384, tokens=16384, sequences=1024)
+    modes = plan_model(model, ask)["modes"]
+    assert modes["off"]["kv_tokens"] == pytest.approx(ran["off"], rel=0.02)
+    assert modes["soft"]["kv_tokens"] == pytest.approx(ran["on"], rel=0.02)
+
+
+def tiny(**options: Any) -> dict[str, Any]:
+    return plan_model("llama-3.2-1b", Request(**{"gpu": "RTX 4090", "max_model_len": 8192} | options))
+
+
+def test_everything_adds_up() -> None:
+    found = tiny()
+    lines = found["budget"]
+    reserves = lines["activations"] + lines["graphs and libraries"] + lines["scratch of stream"]
+    for mode, modes in found["modes"].items():
+        used = lines["kept free"] + lines["weights"] + reserves + modes["twin_bytes"] + modes["kv_bytes"]
+        assert used == lines["total"] + (lines["scratch of stream"] if mode == "off" else 0)
+        assert modes["kv_tokens"] == modes["kv_bytes"] // found["kv_bytes_per_token"]
+    assert sum(s["soft"] for s in found["shapes"]) == found["modes"]["soft"]["twins"]
+    assert found["modes"]["hard"]["prefill_tok_s"] > found["modes"]["off"]["prefill_tok_s"]
+    assert found["speed"]["source"] == "roofline"
+
+
+def test_nothing_fits_where_the_floor_does_not() -> None:
+    found = tiny(kv_floor=10**6)
+    assert not any(m["fits"] for m in found["modes"].values())
+    assert all(m["twins"] == 0 for m in found["modes"].values())
+    assert found["verdicts"]["off"].startswith("the KV floor does not fit")
+    assert found["modes"]["off"]["missing_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "floor"),
+    [
+        ({"max_model_len": None}, 131072),
+        ({"max_model_len": None, "kv_floor": 4096}, 4096),
+        ({"max_model_len": 8192, "kv_floor": 4096}, 8192),
+        ({"max_model_len": 8192, "kv_floor": 65536}, 65536),
+    ],
+)
+def test_the_floor_is_at_least_one_sequence(options: dict[str, Any], floor: int) -> None:
+    assert tiny(**options)["kv_floor_tokens"] == floor
+
+
+def test_small_batches_need_no_twin() -> None:
+    found = tiny(workload=Workload.prefill(4))
+    assert found["modes"]["hard"]["twins"] == found["modes"]["soft"]["twins"] == 0
+    assert found["modes"]["hard"]["fits"]
+
+
+def test_stored_measurements_are_used_where_all_shapes_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "describe", lambda device: {"type": "cuda", "name": "NVIDIA GeForce RTX 4090", "arch": "8.9"})
+    store, device = cache.Cache(tmp_path), None
+    kinds = list(dict.fromkeys(shard(presets.preset("llama-3.2-1b")).weights.values()))
+    times = measured(int4=[2e-6, 4e-6, 8e-6, 16e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 4e-6])
+    for i, kind in enumerate(kinds):
+        assert tiny()["speed"]["source"] == "roofline"
+        key: dict[str, object] = {"engine": "vllm", "n": kind.n, "k": kind.k, "group_size": 128, "act_order": False}
+        store.write({**key, "zero_points": False, "inner": f"Kernel{i}"}, device, times)  # type: ignore[arg-type]
+    found = tiny()
+    assert found["speed"]["source"] == "measured"
+    # At 8 rows int4 takes 16 us and the twin 4; both grow with the rows from there on.
+    ratio = found["modes"]["hard"]["prefill_tok_s"] / found["modes"]["off"]["prefill_tok_s"]
+    assert 3 < ratio <= 4.001
+    assert plan_model("llama-3.2-1b", Request("h200", max_model_len=8192))["speed"]["source"] == "roofline"
+
+
+def test_a_config_of_any_origin_is_read(tmp_path: Path) -> None:
+    config = presets.preset("llama-3.2-1b", 2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": False, "sym": True}))
+    found = plan_model(str(tmp_path), Request("h100", max_model_len=4096))
+    assert found["modes"]["soft"]["weights"] == 8
+    assert found["assumptions"] == []
+    alone = plan_model(str(tmp_path / "config.json"), Request("h100", max_model_len=4096))
+    assert len(alone["assumptions"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("nosuch", {}, ConfigError, "no preset.*llama-3.1-8b"),
+        ("llama-3.2-1b", {"gpu": "abacus"}, ConfigError, "unknown GPU 'abacus'"),
+        ("llama-3.2-1b", {"tp": 3}, ConfigError, "--tp 3"),
+        ("llama-3.2-1b", {"utilization": 1.5}, ConfigError, "utilization"),
+        ("llama-3.2-1b", {"kv_floor": 0}, ConfigError, "KV floor is 0"),
+        ("llama-3.2-1b", {"max_model_len": -5}, ConfigError, "max model length is -5"),
+    ],
+)
+def test_bad_requests(model: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan_model(model, Request(**{"gpu": "h200"} | options))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"hidden_size": 3}'])
+def test_files_that_are_no_config(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        plan_model(str(tmp_path / "config.json"), Request("h200"))
+
+
+@pytest.mark.parametrize("name", ["h200", "rtx4090", "strix-halo", "mi300x"])
+def test_every_named_gpu_can_be_planned_for(name: str) -> None:
+    found = tiny(gpu=name)
+    assert found["gpu"] == gpus.gpu(name).name
+    assert found["modes"]["hard"]["prefill_tok_s"] > 0
+
+
+def test_rows_are_padded_where_the_gpu_needs_it() -> None:
+    """RDNA3: a row of 2048 bf16 values is a multiple of 2048 bytes and gets a cache line more."""
+    plain, padded = (tiny(gpu=name)["modes"]["hard"]["twin_bytes"] for name in ("rtx4090", "gfx1100"))
+    assert padded - plain == 128 * sum(k.n for k in shard(presets.preset("llama-3.2-1b")).weights.values())
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots.plan_plot(tiny(), tmp_path / "sub" / "plan.png")
+    assert (tmp_path / "sub" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="cannot write"):
+        plots.plan_plot(tiny(), tmp_path / "plan.nosuchformat")
