@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twinweight.errors import ConfigError
 from twinweight.kernels import backend_for, dense_linear, int8
+from twinweight.kernels.pages import in_huge_pages
 from twinweight.kernels.prepared import TILE_BYTES, KernelWeight
 
 LOSSY = {"int8": torch.int8, "fp8-row": torch.float8_e4m3fn, "fp8-exact": torch.float8_e4m3fn}
@@ -91,6 +92,8 @@ def empty(kind: str, n: int, k: int, device: torch.device) -> tuple[Tensor, Tens
     if shape is None:
         return backend_for(device).empty_twin(n, k, getattr(torch, kind), device), None
     data = torch.empty(n, k, dtype=LOSSY[kind], device=device)
+    if device.type == "cpu":
+        in_huge_pages(data)
     # Scales of one block of columns lie side by side, as the fp8 product wants them.
     return data, torch.empty(shape[::-1], dtype=torch.float32, device=device).t()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twinweight.errors import TwinweightError
+from twinweight.kernels.pages import in_huge_pages
 from twinweight.kernels.prepared import TILE_BYTES, KernelWeight, group_order
 from twinweight.paths import Path
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_nibbles
@@ -37,7 +38,7 @@ def prepare(weight: Int4Weight) -> KernelWeight:
     kernel_group = _kernel_group(group)
     perm = group_order(weight)
     mirrored = torch.isin(weight.zeros, torch.tensor(_MIRRORED)) if weight.zeros is not None else None
-    packed = torch.empty(rows, cols // 2, dtype=torch.uint8)
+    packed = in_huge_pages(torch.empty(rows, cols // 2, dtype=torch.uint8))
     step = max(_ROWS, TILE_BYTES // 8 // cols // _ROWS * _ROWS)
     for at in range(0, rows, step):
         stop = min(at + step, rows)
@@ -185,7 +186,7 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def empty_twin(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[N, K], contiguous: CPUs need no padding."""
-    return torch.empty(n, k, dtype=dtype, device=device)
+    return in_huge_pages(torch.empty(n, k, dtype=dtype, device=device))
 
 
 def twin_bytes(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:

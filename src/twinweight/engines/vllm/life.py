@@ -151,7 +151,8 @@ class Life:
         made = own.make(kernel) if measure.OWN in parts else None
         kind = next((part for part in parts if part != measure.OWN), None)
         with compat.pool(self.worker):
-            kernel.own = None if made is None else made.clone()
+            # In the pool only what stays: making one takes temporaries.
+            kernel.own = made if made is None or kernel.device.type == "cpu" else made.clone()
             if kind is not None:
                 build.allocate(kernel, kind)
         build.fill(kernel)
