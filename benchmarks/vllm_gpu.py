@@ -11,6 +11,8 @@ does, whose code this is. Each (model, mode) is a process of its own, under 10 m
 import argparse
 import json
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from twinweight import presets
 from twinweight.engines.vllm import arm, bench
 from twinweight.synth_formats import Recipe, quantization_config
 
-GRID = {512: (1, 8, 32, 64, 128), 2048: (1, 8, 32, 64, 128), 8192: (1, 8)}
+PARTS = {
+    "whole": {512: (1, 8, 32, 64, 128), 2048: (1, 8, 32, 64, 128), 8192: (1, 8)},
+    "short": {512: (1, 8, 32, 64, 128), 2048: (1, 8, 32), 8192: (1,)},
+    "least": {512: (1, 32), 2048: (1, 32), 8192: (1,)},
+}
 OUTPUT_TOKENS = 64
 
 
@@ -42,7 +48,7 @@ def main() -> None:
     p.add_argument("--tp", type=int, default=1)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--max-model-len", type=int, default=16384)
-    p.add_argument("--quick", action="store_true", help="concurrency 1 and 32 only")
+    p.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
     a = p.parse_args()
     for name, value in (
         ("VLLM_USE_FLASHINFER_SAMPLER", "0"), ("VLLM_USE_DEEP_GEMM", "0"), ("VLLM_NO_USAGE_STATS", "1"),
@@ -50,7 +56,7 @@ def main() -> None:
     ):  # fmt: skip
         os.environ.setdefault(name, value)
 
-    points = tuple((prompt, c) for prompt, cs in GRID.items() for c in cs if not a.quick or c in (1, 32))
+    points = tuple((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs)
     work = arm.Workload(points, OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 
@@ -58,7 +64,7 @@ def main() -> None:
         records = bench.records_of(a.model, a.mode, a.tp, [result])
         print(records[-1], flush=True)
         environment = {
-            **bench.environment(result["vllm"]), "output_tokens": OUTPUT_TOKENS, "command": "python benchmarks/vllm_gpu.py ..."
+            **bench.environment(result["vllm"]), "output_tokens": OUTPUT_TOKENS, "command": shlex.join(["python", *sys.argv])
         }  # fmt: skip
         a.out.write_text(json.dumps({"environment": environment, "records": earlier + records}, indent=1) + "\n")
 

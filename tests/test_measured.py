@@ -83,7 +83,7 @@ def test_routes_equal_those_of_a_search_over_all() -> None:
 
 def _beats(m: Measured, new: str, old: str, at: int) -> bool:
     a, b = m.times[new][at], m.times[old][at]
-    return a.min * (1 + a.spread + b.spread) < b.min
+    return a.min * (1 + max(0.02, a.spread + b.spread)) < b.min
 
 
 def _cost(m: Measured, pieces: list[tuple[int, str]]) -> float:

@@ -60,7 +60,7 @@ def test_every_shape_is_measured_and_kept(model: Path, tmp_path: Path) -> None:
         assert {p["m"] for p in shape["points"]} >= set(GRID["cpu"])
         assert all(p["winner"] == min(p["us"], key=p["us"].get) for p in shape["points"])
         assert shape["takeovers"]["bfloat16"] == [26]
-        assert 125 < shape["takeovers"]["none"][0] < 138
+        assert 125 < shape["takeovers"]["none"][0] < 141  # 2 % late, and as coarse as takeovers are looked for
         assert shape["saved_us"]["bfloat16"] == max(shape["saved_us"].values()) > 0
     assert result["regret"]["geomean"] <= 1.005
     assert 1 <= result["regret"]["worst"] <= 1.1
@@ -106,7 +106,7 @@ def test_the_command(run: Command, model: Path, tmp_path: Path) -> None:
     code, out, err = run("tune", model, "--device", "cpu", "--check", "--json", file)
     assert code == 0, err
     assert max(len(line) for line in out.splitlines() if "/" not in line) <= 80
-    for word in ("no twin: int4 from M=1", "winner", "twin bfloat16", "regret over", "kept in"):
+    for word in ("no twin: int4 from M=1", "* the fastest", "twin bf16", "regret over", "kept in"):
         assert word in out
     found = json.loads(file.read_text())
     assert {"geomean", "worst"} == found["regret"].keys()

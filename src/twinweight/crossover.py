@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +34,13 @@ _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: 
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
+_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 8, 64, 512, 8192 on a GPU
 _ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
+
+
+def grid(device: torch.device) -> tuple[int, ...]:
+    """The rows that are timed for every shape on a device, ascending."""
+    return GRID["cpu" if device.type == "cpu" else "gpu"]
 
 
 def rotation(device: torch.device, nbytes: int) -> int:
@@ -136,21 +144,41 @@ def time_variants(
     device: torch.device,
     *,
     wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
+    seconds: float = math.inf,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
 
-    wrap: turns the calls of one sample into what is timed, such as the replay of a graph.
+    wrap: turns the calls of one sample into what is timed, such as the replay of a graph. seconds: so long after the first
+    size no further one is begun, beyond the coarsest grid that serves: some kernels are compiled for each size.
     """
-    found = {m: time_rows(variants, m, k, dtype, device, wrap=wrap) for m in GRID["cpu" if device.type == "cpu" else "gpu"]}
+    found: dict[int, dict[str, Timing]] = {}
+    started = math.inf
+    for m in _coarse_first(grid(device)):
+        if len(found) >= _LEAST_SIZES and time.perf_counter() - started > seconds:
+            break
+        found[m] = time_rows(variants, m, k, dtype, device, wrap=wrap)
+        started = min(started, time.perf_counter())
     for _ in range(_ROUNDS):
         measured = _joined(found, n)
         for m in _around_takeovers(measured):
+            if time.perf_counter() - started > seconds:
+                break
             guess = {c: measured.time_at(c, m) for c in variants}
             near = {c: call for c, call in variants.items() if guess[c] < _HOPELESS * min(guess.values())}
             others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
             found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
     return _joined(found, n)
+
+
+def _coarse_first(sizes: Sequence[int]) -> list[int]:
+    """The same sizes: both ends, then always the middle of the widest gap."""
+    at = [0, len(sizes) - 1]
+    while len(at) < len(sizes):
+        ordered = sorted(at)
+        low, high = max(itertools.pairwise(ordered), key=lambda gap: gap[1] - gap[0])
+        at.append((low + high) // 2)
+    return [sizes[i] for i in at]
 
 
 def _joined(found: Mapping[int, dict[str, Timing]], n: int) -> Measured:

@@ -17,6 +17,10 @@ from twinweight.workload import Workload
 _PLAIN = ("int4", "fused", "stream")
 """Paths without a twin, in the order in which they may take over as rows grow."""
 
+_MARGIN = 0.02
+"""What a path must win by at least. Calls are timed alone; in a server clocks and caches differ. On an H200 twins that had
+won alone, by however little, made half of qwen3-32b's prefills 0.3 to 0.9 % slower than Machete did."""
+
 
 def path_of(choice: str) -> Path:
     """The path of a choice: "int4", "fused", "stream", or "twin:<dtype>"."""
@@ -57,8 +61,8 @@ class Measured:
         """The route of least total slowdown among those that move one way, from decode paths to dense ones.
 
         choices: in the order in which they may take over as rows grow; paths: theirs, where their names do not say it. A path
-        starts at a measured size where it beats the one before by more than the measured spread of both, and the total over
-        all sizes decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
+        starts at a measured size where it beats the one before by more than the measured spread of both and `_MARGIN`, and the
+        total over all sizes decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
         Disturbances only ever add time: the least sample stands for a path.
         """
         pieces = self.pieces(choices)
@@ -74,7 +78,7 @@ class Measured:
 
         def beats(new: int, old: int, at: int) -> bool:
             a, b = self.times[choices[new]][at].min, self.times[choices[old]][at].min
-            return a * (1 + spread[new] + spread[old]) < b
+            return a * (1 + max(_MARGIN, spread[new] + spread[old])) < b
 
         # best[c, e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
         # On a tie the later takeover: int4 costs no memory.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,10 +15,11 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 
-from twinweight.engines.vllm import compat
+from twinweight.engines.vllm import build, compat
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.life import Life
 from twinweight.errors import BudgetError
+from twinweight.paths import Path, Route
 from twinweight.plan import Budget, Mode, Plan, TwinOption
 
 MIB = 1 << 20
@@ -142,6 +144,75 @@ def test_twins_are_refilled_once_weights_are_awake(
     found._wake(lambda tags: None, tags)
     assert done == ["mapped"] * mapped + ["refilled"] * refilled
     assert found.asleep is not refilled
+
+
+class Allocator:
+    """As vLLM 0.26's: one pool a tag, which dies when the next one takes its place."""
+
+    def __init__(self) -> None:
+        self.allocator_and_pools: dict[str, Any] = {}
+        self.entered = 0
+        self.inside = False
+
+    @contextmanager
+    def use_memory_pool(self, tag: str) -> Iterator[None]:
+        self.entered += 1
+        self.inside = True
+        self.allocator_and_pools[tag] = (FakePool(self), None)
+        yield
+        self.inside = False
+
+
+class FakePool:
+    died: ClassVar[list[bool]] = []
+
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+
+    def __del__(self) -> None:
+        self.died.append(self.allocator.inside)
+
+
+def test_no_pool_of_twins_dies_while_another_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.device_allocator
+
+    allocator = Allocator()
+    worker = SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=True)),
+        _maybe_get_memory_pool_context=lambda tag: allocator.use_memory_pool(tag),
+    )
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(vllm.device_allocator, "get_mem_allocator_instance", lambda: allocator, raising=False)
+    for _ in range(4):
+        with compat.pool(worker):
+            assert FakePool.died == []
+    assert len(allocator.allocator_and_pools) == 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_all_twins_share_one_pool_and_those_after_the_last_that_fits_stay_int4(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, entered = life(), []
+
+    @contextmanager
+    def pool(worker: object) -> Iterator[None]:
+        entered.append(worker)
+        yield
+
+    def allocate(kernel: Any, kind: str) -> None:
+        if kernel is found.kernels["a"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(compat, "pool", pool)
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
+    monkeypatch.setattr(build, "allocate", allocate)
+    monkeypatch.setattr(build, "fill", lambda kernel: None)
+    monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
+    options = {name: TwinOption("bfloat16", MIB, saved) for name, saved in (("a", 1.0), ("b", 3.0), ("c", 2.0))}
+    found.plan = Plan("soft", Budget(1 << 30, 1 << 30), options, {})
+    found._build()
+    assert found.built == ["b", "c"]
+    assert len(entered) == 1
+    assert found.kernels["a"].twin is None
 
 
 @pytest.mark.parametrize("mode", ["off", "soft"])

@@ -17,17 +17,23 @@ from typing import Any
 
 from twinweight.engines.vllm.config import resolve
 
+_WARM = 8  # requests of a warm-up: their chunks are as large as those of more
+_MOST = 9  # repeats of a short point
+
 STEP = "twinweight-step "
 """What a line of progress starts with."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """points: (prompt tokens, requests sent at once), in the order to measure; output_tokens a request, repeats a point."""
+    """points: (prompt tokens, requests sent at once), in the order to measure; output_tokens a request; repeats a point, and
+    more of short ones, until they took `seconds` together.
+    """
 
     points: tuple[tuple[int, int], ...]
     output_tokens: int = 32
     repeats: int = 3
+    seconds: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,10 +73,11 @@ def run(
     for prompt, batch in job.work.points:
         if step is not None:
             step(f"{prompt} tokens, {batch} at once")
-        _requests(llm, prompt, batch, vocabulary, 2, seed=0)
-        samples = [
-            _requests(llm, prompt, batch, vocabulary, job.work.output_tokens, seed=1 + r) for r in range(job.work.repeats)
-        ]
+        _requests(llm, prompt, min(batch, _WARM), vocabulary, 2, seed=0)
+        samples: list[tuple[float, float]] = []
+        began = time.monotonic()
+        while len(samples) < job.work.repeats or (len(samples) < _MOST and time.monotonic() - began < job.work.seconds):
+            samples.append(_requests(llm, prompt, batch, vocabulary, job.work.output_tokens, seed=1 + len(samples)))
         times = {name: [s[i] for s in samples] for i, name in enumerate(("ttft_s", "tpot_s"))}
         result["points"].append({"prompt_tokens": prompt, "concurrency": batch, **times})
         if done is not None:

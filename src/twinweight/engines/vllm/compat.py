@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,12 +312,21 @@ def set_available(worker: Any, nbytes: int) -> None:
 # --- sleep ---
 
 
-def pool(worker: Any) -> AbstractContextManager[object]:
+@contextmanager
+def pool(worker: Any) -> Iterator[None]:
     """Memory that sleeping discards without a copy and that wakes at its old address, where sleep mode is on."""
     if device_of(worker).type == "cpu":
-        return nullcontext()
-    context: AbstractContextManager[object] = worker._maybe_get_memory_pool_context(tag=POOL)
-    return context
+        yield
+        return
+    if getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
+        from vllm.device_allocator import get_mem_allocator_instance
+
+        # 0.26 knows one pool a tag and destroys it inside of the next one's context, which PyTorch does not survive.
+        pools = getattr(get_mem_allocator_instance(), "allocator_and_pools", {})
+        if isinstance(pools.get(POOL), tuple):
+            pools[f"{POOL} {len(pools)}"] = pools[POOL]
+    with worker._maybe_get_memory_pool_context(tag=POOL):
+        yield
 
 
 def wakes_alone() -> bool:

@@ -15,13 +15,17 @@ from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
 from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
-from twinweight.measured import Measured
+from twinweight.measured import Costs, Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, Plan, plan
 from twinweight.twins import lossy_kinds
+from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")
+
+Wanted = tuple[str, str]
+"""A layer's name and the form it is to have (`measured.Form.name`)."""
 
 
 class Life:
@@ -77,7 +81,8 @@ class Life:
                 layers.setdefault(kind_of(kernel), []).append(kernel)
             try:
                 store = cache.default()
-                found = {k: measure.known_or_measured(k, ks, self._lossy(ks[0]), store) for k, ks in layers.items()}
+                share = measure.SECONDS / max(1, len(layers))
+                found = {k: measure.known_or_measured(k, ks, self._lossy(ks[0]), store, share) for k, ks in layers.items()}
             except (RuntimeError, MemoryError):
                 log.exception("Twinweight could not time the kernels")
                 found = None
@@ -129,36 +134,40 @@ class Life:
     def _build(self) -> None:
         """Build what is planned, the most valuable bytes first; the group keeps what every rank could build."""
         before = compat.memory_in_use(self.worker)
-        ranked = sorted(self.plan.twins.items(), key=lambda p: -p[1].saved_us / p[1].nbytes)
-        for name, option in ranked:
-            try:
-                self._build_one(self.kernels[name], option.name)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.kernels[name].drop()
-                log.warning("Twinweight: out of memory while building the twin of %s, the rest stays int4", name)
-                break
-            self.built.append(name)
+        ranked = sorted(((name, o.name, o.saved_us / o.nbytes) for name, o in self.plan.twins.items()), key=lambda t: -t[2])
+        with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
+            ready = self._until_full([(name, form) for name, form, _ in ranked], _allocate)
+        self.built = [name for name, _ in self._until_full(ready, self._fill)]
         self._keep(min(compat.gather(len(self.built))))
         if self.config.mode == "hard" and len(self.built) < len(ranked):
             raise BudgetError("mode hard: out of memory while building twins", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
 
-    def _build_one(self, kernel: TwinLinearKernel, form: str) -> None:
+    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], None]) -> list[Wanted]:
+        """Those of (name, form) that were made before memory ran out, if it did; the others stay int4."""
+        for count, (name, form) in enumerate(wanted):
+            try:
+                make(self.kernels[name], form)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                for rest, _ in wanted[count:]:
+                    self.kernels[rest].drop()
+                log.warning("Twinweight: out of memory while building the twin of %s, the rest stays int4", name)
+                return wanted[:count]
+        return wanted
+
+    def _fill(self, kernel: TwinLinearKernel, form: str) -> None:
         """A form is a kind of twin, an own copy, or "own+<kind>"; without the copy where that would not be exact."""
-        parts = form.split("+")
-        made = own.make(kernel) if measure.OWN in parts else None
-        kind = next((part for part in parts if part != measure.OWN), None)
-        with compat.pool(self.worker):
-            # In the pool only what stays: making one takes temporaries.
-            kernel.own = made if made is None or kernel.device.type == "cpu" else made.clone()
-            if kind is not None:
-                build.allocate(kernel, kind)
+        made = own.make(kernel) if measure.OWN in form.split("+") else None
+        if made is not None:
+            with compat.pool(self.worker):  # only what stays: making it took temporaries
+                kernel.own = made if kernel.device.type == "cpu" else made.clone()
         build.fill(kernel)
         kernel.fresh = True
+        kind = _twin_of(form)
         if made is not None or kind is not None:
-            kernel.route = self._route(kernel, form if made is not None or measure.OWN not in parts else str(kind)).flat()
+            kernel.route = self._route(kernel, form if made is not None else str(kind)).flat()
 
     def _keep(self, count: int) -> None:
         for name in self.built[count:]:
@@ -219,13 +228,28 @@ class Life:
             tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {self.floor.tokens}"
         routes = "; ".join(f"{kind}: {route}" for kind, route in self.routes().items()) or "no W4A16 layer"
         log.info(
-            "Twinweight %s: %d twins built, %d missed, %.3f of %.3f GiB a rank%s; measured in %.1f s, built in %.1f s; %s",
+            "Twinweight %s: %d twins built, %d missed, %.3f of %.3f GiB a rank%s%s; measured in %.1f s, built in %.1f s; %s",
             self.config.mode, len(self.built), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
-            *self.seconds, routes,
+            self._gain(), *self.seconds, routes,
         )  # fmt: skip
         if self.plan.missed:
             budget = self.plan.budget
             log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
+
+    def _gain(self) -> str:
+        """What the twins save in a step of prefill, by the times that were measured; nothing where none were."""
+        rows = max(m for m, _ in compat.workload(self.worker).calls)
+        step, without, with_ = Workload.prefill(rows), 0.0, 0.0
+        for name, kernel in self.kernels.items():
+            offer = self.offers[kind_of(kernel)]
+            if not isinstance(offer, Costs):
+                return ""
+            without += offer.seconds(None, step)
+            form = self.plan.twins[name].name if name in self.built else None
+            with_ += offer.seconds(next((f for f in offer.forms if f.name == form), None), step)
+        if not without:
+            return ""
+        return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms"
 
     def routes(self) -> dict[str, str]:
         """Which rows take which path, by kind of layer; where only some of a kind have a twin, theirs."""
@@ -313,6 +337,15 @@ class Life:
             "twins": twins, "bytes": self.status()["bytes"], "calls": calls, "inner": inner, "routes": self.routes(),
             "kv_floor": self.floor.tokens,
         })  # fmt: skip
+
+
+def _twin_of(form: str) -> str | None:
+    return next((part for part in form.split("+") if part != measure.OWN), None)
+
+
+def _allocate(kernel: TwinLinearKernel, form: str) -> None:
+    if (kind := _twin_of(form)) is not None:
+        build.allocate(kernel, kind)
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from twinweight import twin
 from twinweight.cache import Cache
-from twinweight.crossover import CPU_ELEMENTS, Shape, rotation, time_variants, twin_choice, variants
+from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.kernels import backend_for
@@ -23,6 +24,10 @@ from twinweight.workload import Workload
 
 if TYPE_CHECKING:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
+
+SECONDS = 15.0
+"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 3 to 4 s on an H200, CPUs 4
+to 12. A kernel's first call is not counted: humming compiles all it has there (43 s), as a server does sooner or later."""
 
 INT4 = "int4"
 OWN = "own"
@@ -60,20 +65,25 @@ def kind_of(kernel: TwinLinearKernel) -> Kind:
     )  # fmt: skip
 
 
-def known_or_measured(kind: Kind, layers: Sequence[TwinLinearKernel], lossy: Sequence[str], store: Cache | None) -> Measured:
-    """The times of a kind of layer, from the cache where they are there. lossy: kinds of 8-bit twins to time besides."""
+def known_or_measured(
+    kind: Kind, layers: Sequence[TwinLinearKernel], lossy: Sequence[str], store: Cache | None, seconds: float = math.inf
+) -> Measured:
+    """The times of a kind of layer, from the cache where they are there. lossy: kinds of 8-bit twins to time besides; seconds:
+    as in `time_variants`.
+    """
     device, vllm = layers[0].device, compat.version()
     needed = {INT4, *_ours(layers[0], lossy)}
     found = store.read(kind.key, device, vllm=vllm) if store is not None else None
     if found is None or not needed <= set(found.times):
-        found = measure(layers, lossy)
-        if store is not None:
+        found = measure(layers, lossy, seconds)
+        # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
+        if store is not None and set(grid(device)) <= set(found.ms):
             store.write(kind.key, device, found, vllm=vllm)
     return found
 
 
 @torch.inference_mode()
-def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = ()) -> Measured:
+def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = (), seconds: float = math.inf) -> Measured:
     """Time the inner kernel and all that a layer could have besides; `layers` are of one kind.
 
     Calls rotate over the layers, and over copies of what is ours, so that caches do not answer for memory. On a CPU a
@@ -92,7 +102,7 @@ def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = ()) -> Me
     timed = variants(shape_of(first), n, list(ours.values()))
     calls = {INT4: _rotating(inners), **{name: timed[choice] for name, choice in ours.items()}}
     wrap = _graphed if device.type == "cuda" else _plain
-    measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap)
+    measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap, seconds=seconds)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)

@@ -1,0 +1,201 @@
+"""The life of a vLLM server with twins on a GPU, under torch.compile and CUDA graphs: sleep, wake, reload, own int4 copies.
+
+    python benchmarks/vllm_gpu_life.py OUT.json [--model models/stdlib-15m]
+
+Serves the trained model without and with twins through the same stages and compares greedy tokens (up to the first near-tie)
+and, bit for bit, each twin with what the inner kernel computes. Then serves Llama-3.1-8B's shapes on Marlin with memory for a
+third of the twins, where the plan takes own int4 copies and streams. Writes {"environment", "records": [{"server", "stage",
+"same_tokens", "compared_tokens", "twins", "exact", "moved", "calls"}], "own": {...}}.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+CLEAR = 0.25  # a lead that no rounding of bf16 turns
+TOKENS = 16
+CROSSOVER = 16
+
+
+def served(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one server through its stages: {"stages": {name: {"ids", "leads", "report"}}}."""
+    import vllm
+
+    llm = vllm.LLM(seed=0, enable_prefix_caching=False, skip_tokenizer_init=True, enable_sleep_mode=True, **job["llm"])
+    on = "additional_config" in job["llm"]
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
+    found: dict[str, Any] = {}
+
+    def look(stage: str) -> None:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], sampling, use_tqdm=False)
+        found[stage] = {
+            "ids": [list(o.outputs[0].token_ids) for o in outputs],
+            "leads": [[_lead(top) for top in o.outputs[0].logprobs] for o in outputs],
+            "report": json.loads(llm.collective_rpc("twinweight_report", kwargs={"check": True})[0]) if on else None,
+        }
+
+    look("start")
+    llm.sleep(level=1)
+    llm.wake_up()
+    look("sleep 1 and wake")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": job["other"]})
+    look("reload other weights")
+    llm.sleep(level=2)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": job["llm"]["model"]})
+    llm.wake_up(tags=["kv_cache"])
+    look("sleep 2, wake, reload")
+    llm.collective_rpc(_rescale)
+    look("kernel-format update")
+    return {"stages": found}
+
+
+def _rescale(worker: Any) -> None:
+    """New scales in the kernel's own format, written past the checkpoint loader."""
+    model = worker.model_runner.get_model()
+    scales = [(name, p.data * 0.75) for name, p in model.named_parameters() if name.endswith("weight_scale")]
+    worker.reload_weights(weights_iterator=iter(scales), is_checkpoint_format=False)
+
+
+def _lead(top: dict[int, Any]) -> float:
+    best = sorted((t.logprob for t in top.values()), reverse=True)
+    return float(best[0] - best[1])
+
+
+def squeezed(job: dict[str, Any]) -> dict[str, Any]:
+    """Serve with a KV floor that leaves room for a third of the twins, and check every own copy: {"budget", "report", ...}."""
+    import torch
+    import vllm
+
+    from twinweight.engines.vllm.arm import fill_integers
+
+    fill_integers()
+    llm = vllm.LLM(seed=0, enable_prefix_caching=False, skip_tokenizer_init=True, **job["llm"])
+    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    ids = torch.randint(0, vocabulary // 2, (2, 4096), generator=torch.Generator().manual_seed(0)).tolist()
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    llm.generate([{"prompt_token_ids": p} for p in ids], sampling, use_tqdm=False)
+    return dict(llm.collective_rpc(_own_copies)[0])
+
+
+def _own_copies(worker: Any) -> dict[str, Any]:
+    import torch
+
+    from twinweight.engines.vllm import identity
+    from twinweight.kernels import backend_for
+
+    life = worker.twinweight_report.__self__
+    exact = []
+    for kernel in life.kernels.values():
+        if kernel.own is not None:
+            expanded = torch.empty(kernel.n, kernel.k, dtype=kernel.dtype, device=kernel.device)
+            backend_for(kernel.device).expand_rows(kernel.own, 0, kernel.n, expanded)
+            exact.append(bool(torch.equal(expanded, identity.dense(kernel))))
+    planned = {**life.plan.twins, **life.plan.missed}
+    return {
+        "for_twins": life.plan.budget.for_twins, "all_twins": sum(k.n * k.k * 2 for k in life.kernels.values()),
+        "floor_tokens": life.floor.tokens, "floor_bytes": life.floor.nbytes, "weights": len(life.kernels),
+        "forms": {name: planned[name].name for name in life.built}, "own_copies": len(exact), "exact": all(exact),
+        "seconds": life.seconds, **{k: v for k, v in json.loads(life.report()).items() if k in ("calls", "routes")},
+    }  # fmt: skip
+
+
+def alone(job: dict[str, Any]) -> dict[str, Any]:
+    """The same in a process of its own, whose memory is free afterwards."""
+    with tempfile.TemporaryDirectory() as tmp:
+        given, found = Path(tmp) / "job.json", Path(tmp) / "found.json"
+        given.write_text(json.dumps(job))
+        subprocess.run([sys.executable, __file__, "--job", str(given), str(found)], check=True)
+        return dict(json.loads(found.read_text()))
+
+
+def compare(off: dict[str, Any], on: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record a stage."""
+    records, before = [], None
+    for stage, a in off["stages"].items():
+        b, same, compared = on["stages"][stage], True, 0
+        for ids, leads, others in zip(a["ids"], a["leads"], b["ids"], strict=True):
+            clear = next((i for i, lead in enumerate(leads) if lead < CLEAR), len(ids))
+            same, compared = same and ids[:clear] == others[:clear], compared + clear
+        twins = b["report"]["twins"]
+        addresses = {name: t["address"] for name, t in twins.items()}
+        records.append({
+            "server": "on", "stage": stage, "same_tokens": same, "compared_tokens": compared, "twins": len(twins),
+            "exact": all(t["exact"] for t in twins.values()), "moved": before is not None and before != addresses,
+            "calls": b["report"]["calls"],
+        })  # fmt: skip
+        before = addresses
+    return records
+
+
+def rescaled(model: Path, out: Path) -> Path:
+    """A copy of a checkpoint with other scales."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, out)
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({n: t * 0.9 if n.endswith("weight_scale") else t for n, t in tensors.items()}, file, {"format": "pt"})
+    return out
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("out", type=Path)
+    p.add_argument("--model", type=Path, default=Path("models/stdlib-15m"))
+    a = p.parse_args()
+    from tokenizers import Tokenizer
+    from vllm_gpu import write_config
+
+    from twinweight.engines.vllm.bench import environment
+
+    text, tokenizer = (a.model / "heldout.txt").read_text(), Tokenizer.from_file(str(a.model / "tokenizer.json"))
+    prompts = [tokenizer.encode(text[at : at + length]).ids for at, length in ((36000, 120), (24000, 2600), (44000, 30))]
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as tmp:
+        llm = {"model": str(a.model), "max_model_len": 2048, "gpu_memory_utilization": 0.3, "attention_backend": "FLASH_ATTN"}
+        job = {"llm": llm, "other": str(rescaled(a.model, Path(tmp) / "other")), "prompts": prompts}
+        off = alone(job)
+        twins = {"twinweight": {"mode": "soft", "crossover": CROSSOVER}}
+        on = alone({**job, "llm": {**llm, "additional_config": twins}})
+        result["records"] = compare(off, on)
+        print(json.dumps(result["records"]), flush=True)
+
+        big = Path(tmp) / "big"
+        big.mkdir()
+        write_config("llama-3.1-8b", big, dense=False, layers=4)
+        llm = {
+            "model": str(big), "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3,
+            "linear_backend": "marlin", "attention_backend": "FLASH_ATTN",
+        }  # fmt: skip
+        first = alone({"llm": {**llm, "enforce_eager": True, "additional_config": {"twinweight": {"mode": "soft"}}}})
+        # One server has told what there is; the next gets a floor that leaves a third of what twins would take.
+        spare = first["for_twins"] - first["all_twins"] // 3
+        floor = first["floor_tokens"] + spare * first["floor_tokens"] // first["floor_bytes"]
+        result["own"] = alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft", "kv_floor": floor}}}})
+    print(json.dumps(result["own"]), flush=True)
+    import vllm
+
+    result["environment"] = {**environment(vllm.__version__), "command": shlex.join(["python", *sys.argv])}
+    a.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_job(given: Path, found: Path) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    job = json.loads(given.read_text())
+    found.write_text(json.dumps(served(job) if "prompts" in job else squeezed(job)))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--job"]:
+        run_job(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()
