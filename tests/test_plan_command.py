@@ -59,7 +59,8 @@ def test_a_mode_that_does_not_fit_fails_with_the_arithmetic(run: Command) -> Non
     assert code == 5
     assert "left for twins" in err
     assert err.count("(up to") == 3
-    assert "│ soft" not in out
+    assert "\nhard" in out
+    assert "\nsoft" not in out
     assert run(*large, "soft")[0] == 0
 
 

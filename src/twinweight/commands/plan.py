@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
+from twinweight.commands.options import Html, Json
 from twinweight.errors import BudgetError
+from twinweight.table import Report, Table, gib
 
-_GIB = 1 << 30
 _SPEED = {
     "roofline": "prefill speed is a roofline of the GPU's figures, no measurement: real kernels stay below it. `off` stands "
     "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower",
@@ -36,61 +35,62 @@ def plan(
     from_metrics: Annotated[
         Path | None, typer.Option(help="plan for what a server saw: its /metrics, or its calls as JSON", show_default=False)
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")] = None,
+    json_file: Json = None,
+    html_file: Html = None,
     plot: Annotated[Path | None, typer.Option(help="write a plot here: memory by mode")] = None,
 ) -> None:
     """Say what each mode would give on a GPU, from a config.json alone: twins, KV cache, prefill speed."""
-    from twinweight import planner, plots
-    from twinweight.commands.output import write_json
+    from twinweight import pages, planner, plots
+    from twinweight.commands.output import check_files, say, stamp, write_html, write_json
     from twinweight.plan import check_mode
     from twinweight.workload import from_metrics as read
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = check_mode(mode) if mode is not None else None
     out = Console()
+    check_files(json_file, html=html_file, plot=plot)
     workload = read(from_metrics) if from_metrics is not None else None
     ask = planner.Request(gpu, tp, utilization, max_model_len, kv_floor, max_num_batched_tokens, max_num_seqs, workload)
-    result = planner.plan_model(model, ask)
+    result = stamp(planner.plan_model(model, ask))
     out.print(plan_table(result, chosen))
     if plot is not None:
         plots.plan_plot(result, plot)
-        out.print(f"written: {plot}", soft_wrap=True)
+        say(out, f"written: {plot}")
     write_json(out, json_file, result)
+    if html_file is not None:
+        write_html(out, html_file, pages.plan_page(result, chosen))
     if chosen is not None and not result["modes"][chosen]["fits"]:
         verdict = result["verdicts"][chosen]
         raise BudgetError(f"mode {chosen} does not fit: {verdict}", missing=result["modes"][chosen]["missing_bytes"])
 
 
-def plan_table(result: dict[str, Any], only: str | None = None) -> Group:
-    """Two tables, the budget's lines and a row a mode; then what does not fit, and what the figures rest on."""
+def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
+    """Two tables, a row a mode and the budget's lines; then what does not fit, and what the figures rest on."""
     each = " on each" if result["tp"] > 1 else ""
-    title = Text(f"{result['model']} on {result['tp']} x {result['gpu']}, memory{each}", style="bold")
-    budget = Table("", header_style="bold")
-    budget.add_column("GiB", justify="right")
-    for line, nbytes in result["budget"].items():
-        if line != "in use by others":
-            budget.add_row(f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, _gib(nbytes))
-    modes = Table(header_style="bold")
-    for column in ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"):
-        modes.add_column(column, justify="left" if column == "mode" else "right")
+    budget = Table(
+        f"{result['model']} on {result['tp']} x {result['gpu']}, memory{each}",
+        ("", "GiB"),
+        tuple(
+            (f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, gib(nbytes))
+            for line, nbytes in result["budget"].items()
+            if line != "in use by others"
+        ),
+    )
+    rows = []
     for mode, found in result["modes"].items():
         if only in (None, mode) or mode == "off":
             speed = f"{found['prefill_tok_s']:,}" if found["prefill_tok_s"] else ""
             twins = f"{found['twins']} of {found['weights']}"
-            modes.add_row(
-                mode, twins, _gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, "yes" if found["fits"] else "NO"
-            )
+            fits = "yes" if found["fits"] else "NO"
+            rows.append((mode, twins, gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, fits))
+    modes = Table("", ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"), tuple(rows))
     lines = [
         f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode is unchanged in every mode: at most "
         f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
         _SPEED[result["speed"]["source"]],
         *result["assumptions"],
     ]
-    verdicts = [Text(f"{mode}: {text}") for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
+    verdicts = [f"{mode}: {text}" for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
     if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
-        verdicts.append(Text(f"hard: {result['verdicts']['hard']}"))
-    return Group(title, budget, modes, *verdicts, *(Text(line) for line in lines))
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.3f}"
+        verdicts.append(f"hard: {result['verdicts']['hard']}")
+    return Report((budget, modes, *verdicts, *lines))

@@ -1,4 +1,4 @@
-"""What `roofline` prints and writes as CSV."""
+"""What `roofline` prints, shows on a page, and writes as CSV."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import csv
 import io
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+from twinweight.roofline import comparing
+from twinweight.table import Report, Table
 
 _COLUMNS = (
     "op", "shape", "kind", "phase", "path", "calls", "time_us", "share", "flops", "bytes", "tflops", "tbps", "roof_pct",
     "bound",
 )  # fmt: skip
 _FIGURES = ("calls", "time", "share", "TFLOP/s", "TB/s", "roof", "bound")
+_WORDS = ("bound", "")
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -47,67 +47,74 @@ def _rows(rows: list[int]) -> str:
 
 def kind_table(result: dict[str, Any]) -> Table:
     """A row a kind and phase."""
-    table = _table("by kind", ("kind",), _FIGURES)
-    for row in result["kinds"]:
-        table.add_row(f"{row['kind']}, {row['phase']}", *_cells(row))
-    return table
+    rows = tuple((f"{row['kind']}, {row['phase']}", *_cells(row)) for row in result["kinds"])
+    return Table("by kind", ("kind", *_FIGURES), rows, left=_WORDS)
 
 
-def op_table(result: dict[str, Any]) -> Table:
+def op_table(result: dict[str, Any], top: int) -> Table:
     """A row an op, shape and phase."""
-    table = _table("by op", ("op",), _FIGURES)
-    for row in result["ops"]:
+    rows = []
+    for row in result["ops"][:top]:
         path = f" ({row['path']})" if row["path"] else ""
-        table.add_row(f"{row['op']}{path}\n{_details(row)}", *_cells(row))
-    if result["left_out"]:
-        table.caption = f"{result['left_out']} more rows; --top shows more"
-    return table
+        rows.append((f"{row['op']}{path}\n{_details(row)}", *_cells(row)))
+    return Table("by op", ("op", *_FIGURES), tuple(rows), _more(result["ops"], top), left=_WORDS)
 
 
 def diff_table(diff: dict[str, Any], rows: str, top: int) -> Table:
     """A row an op (rows "ops") or a kind (rows "kinds"), with its time before and after."""
     by_op = rows == "ops"
     title = f"{diff['before']} -> {diff['after']}, by {'op' if by_op else 'kind'}"
-    table = _table(title, ("op" if by_op else "kind",), ("calls", "before", "after", "speedup", ""))
+    cells = []
     for row in diff[rows][:top]:
         before, after = int(row["calls_before"]), int(row["calls_after"])
-        table.add_row(
+        cells.append((
             f"{row['op']}\n{_details(row)}" if by_op else f"{row['kind']}, {row['phase']}",
             f"{before:,}" if before == after else f"{before:,} -> {after:,}",
             _ms(row["time_us_before"]) if before else "",
             _ms(row["time_us_after"]) if after else "",
             f"{row['speedup']:.2f}x" if row["speedup"] else "",
             "" if row["change"] == "same" else row["change"],
-        )
-    if len(diff[rows]) > top:
-        table.caption = f"{len(diff[rows]) - top} more rows; --top shows more"
-    return table
+        ))  # fmt: skip
+    columns = ("op" if by_op else "kind", "calls", "before", "after", "speedup", "")
+    return Table(title, columns, tuple(cells), _more(diff[rows], top), left=_WORDS)
 
 
 def linear_table(diff: dict[str, Any], top: int) -> Table:
     """A row a linear's shape, by whatever op it is computed."""
-    table = _table("linears by shape", ("MxNxK",), ("calls", "before", "after", "speedup"))
+    rows = []
     for row in diff["linears"][:top]:
         ops = [", ".join(row[name]) or "nothing" for name in ("ops_before", "ops_after")]
         what = ops[0] if ops[0] == ops[1] else f"{ops[0]} -> {ops[1]}"
-        table.add_row(
+        rows.append((
             f"{row['shape']}, {row['phase']}\n  {what}",
             f"{int(max(row['calls_before'], row['calls_after'])):,}",
             _ms(row["time_us_before"]),
             _ms(row["time_us_after"]),
             f"{row['speedup']:.2f}x" if row["speedup"] else "",
-        )
-    return table
+        ))  # fmt: skip
+    return Table("linears by shape", ("MxNxK", "calls", "before", "after", "speedup"), tuple(rows))
+
+
+def _more(rows: list[dict[str, Any]], top: int) -> tuple[str, ...]:
+    return (f"{len(rows) - top} more rows; --top shows more",) if len(rows) > top else ()
 
 
 def _details(row: dict[str, Any]) -> str:
     return "  " + ", ".join(v for v in (row["shape"], row["kind"], row["phase"]) if v)
 
 
-def render(result: dict[str, Any], *, by_op: bool) -> Group:
-    """All of one trace."""
-    head, kinds = Text(headline(result)), kind_table(result)
-    return Group(head, kinds, op_table(result)) if by_op else Group(head, kinds)
+def render(result: dict[str, Any], *, by_op: bool, top: int) -> Report:
+    """All of one trace, or of two."""
+    if "diff" not in result:
+        kinds = kind_table(result)
+        return Report((headline(result), kinds, op_table(result, top)) if by_op else (headline(result), kinds))
+    diff = result["diff"]
+    parts: list[Table | str] = [headline(result["before"]), headline(result["after"]), diff_table(diff, "kinds", top)]
+    if by_op:
+        parts.append(diff_table(diff, "ops", top))
+    if diff["linears"]:
+        parts.append(linear_table(diff, top))
+    return Report((*parts, *comparing.swaps(diff)))
 
 
 def to_csv(rows: list[dict[str, Any]]) -> str:
@@ -118,17 +125,6 @@ def to_csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()
-
-
-def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title, title_justify="left", header_style="bold", caption_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
-    for column in left:
-        table.add_column(column, overflow="fold")
-    for column in right:
-        table.add_column(column, justify="right" if column not in ("bound", "") else "left", no_wrap=True)
-    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,66 @@
+"""The plots of the README, from committed results: `python benchmarks/readme_plots.py [DIRECTORY]` (default: docs/images)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from twinweight.plots import bench, canvas, tune
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+_N, _K = 28672, 4096
+# What Twinweight runs, by the names it has in plots, and the kernels of others beside it.
+_OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfloat16", "fp8-row": "twin:fp8-row"}
+_PEERS = ("marlin", "machete", "humming")
+_MODEL = "llama-3.1-8b"
+_KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
+
+
+def paths(directory: Path) -> Path:
+    """Time of one weight by path against rows, on an H200."""
+    found = _read("h200-paths.json")
+    times: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for r in found["records"]:
+        if (r["n"], r["k"]) == (_N, _K) and r["m"] and r["path"] in (*_OURS, *_PEERS):
+            times[_OURS.get(r["path"], r["path"])].append((r["m"], r["time_us"]))
+    ranked = {name: sorted(times[name]) for name in (*_OURS.values(), *_PEERS) if name in times}
+    title = f"{_N} x {_K} (MLP of Llama-3.1-8B) on one {found['environment']['gpu'].removeprefix('NVIDIA ')}"
+    panel = canvas.Panel(title, "", partial(tune.draw_times, ranked), 3.7)
+    return _save([panel], directory / "paths.svg")
+
+
+def vllm(directory: Path) -> Path:
+    """TTFT and TPOT through vLLM, off and on, at the points that were measured over either int4 kernel."""
+    records = [r for r in _read("h200-vllm.json")["records"] if r["model"] == _MODEL and r["mode"] in ("off", "on")]
+    shared = set.intersection(*({_point(r) for r in records if r["inner_kernel"] == kernel} for kernel in _KERNELS))
+    panels: list[canvas.Panel] = []
+    for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
+        for kernel, label in _KERNELS.items():
+            chosen = [r for r in records if r["inner_kernel"] == kernel and _point(r) in shared]
+            groups = bench.groups_of(chosen, key)
+            panels.append(canvas.Panel(f"{name}, int4 by {label}", "", partial(bench.draw, groups), bench.height(groups)))
+    return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on one H200, twins off and on")
+
+
+def _point(record: dict[str, Any]) -> tuple[int, int]:
+    return record["prompt_tokens"], record["concurrency"]
+
+
+def _read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _save(panels: list[canvas.Panel], file: Path, title: str | None = None) -> Path:
+    canvas.save(panels, file, title)
+    return file
+
+
+if __name__ == "__main__":
+    for make in (paths, vllm):
+        print(make(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/images"))
