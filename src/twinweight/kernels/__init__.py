@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from twinweight.kernels import pages
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path
 from twinweight.weight import Int4Weight
@@ -80,6 +81,20 @@ def int4_path(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Ten
 def dense_linear(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N] on a dense weight [N, K], which may be of a wider dtype than x."""
     if twin.dtype == x.dtype:
-        return torch.nn.functional.linear(x, twin, bias)
+        return _dense(x, twin, bias)
     wide_bias = bias.to(twin.dtype) if bias is not None else None
-    return torch.nn.functional.linear(x.to(twin.dtype), twin, wide_bias).to(x.dtype)
+    return _dense(x.to(twin.dtype), twin, wide_bias).to(x.dtype)
+
+
+def _dense(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; on a CPU a large result goes into huge pages, unless autograd wants to know of it."""
+    rows = x.reshape(-1, x.shape[-1])
+    small = rows.shape[0] * twin.shape[0] * x.itemsize < pages.LARGE
+    if x.device.type != "cpu" or small or torch.is_grad_enabled():
+        return torch.nn.functional.linear(x, twin, bias)
+    y = pages.empty(rows.shape[0], twin.shape[0], dtype=x.dtype)
+    if bias is None:
+        torch.mm(rows, twin.t(), out=y)
+    else:
+        torch.addmm(bias, rows, twin.t(), out=y)
+    return y.view(*x.shape[:-1], twin.shape[0])

@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from twinweight.kernels import pages
+
 MAX_K = (1 << 31) // (127 * 127)
 """Input features beyond which a sum could leave int32."""
 
 _TOP = 127
 _TINY = 1e-30  # what a row of zeros counts as
 _QUANTIZED = 1 << 21  # activations rounded at a time: their fp32 copy stays in the caches
-_PRODUCTS = 1 << 22  # int32 products held at a time: 16 MiB, which malloc hands out again without new pages
+_PRODUCTS = 1 << 20  # int32 products held at a time: 4 MiB, which stay in the caches until they are scaled
 _ROWS = 2048  # most rows of a tile: oneDNN reorders the weight for every one
 
 
@@ -52,11 +54,12 @@ def quantize_weight(dense: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x: [M, K] -> int8 [M, K], fp32 scale [M]. A row with a NaN or an infinity has a scale that is none."""
     m, k = x.shape
-    data, scales = torch.empty(m, k, dtype=torch.int8), torch.empty(m, dtype=torch.float32)
+    data, scales = pages.empty(m, k, dtype=torch.int8), torch.empty(m, dtype=torch.float32)
     step = max(1, _QUANTIZED // max(1, k))
+    wide = pages.empty(min(m, step), k, dtype=torch.float32)
     for start in range(0, m, step):
-        part = slice(start, start + step)
-        scales[part] = _quantize(x[part].to(torch.float32, copy=True), data[part])
+        part = slice(start, min(start + step, m))
+        scales[part] = _quantize(wide[: part.stop - start].copy_(x[part]), data[part])
     return data, scales
 
 
@@ -79,10 +82,10 @@ def multiply(
     """int8 [M, K] with scales fp32 [M], times int8 [N, K] with scales fp32 [N] -> [M, N] of `dtype`."""
     m, n = quantized.shape[0], data.shape[0]
     tokens, wide_bias = tokens.unsqueeze(1), bias.float() if bias is not None else None
-    y = torch.empty(m, n, dtype=dtype)
+    y = pages.empty(m, n, dtype=dtype)
     rows = max(1, min(m, _ROWS))
     columns = min(n, max(64, _PRODUCTS // rows // 64 * 64))
-    scratch = torch.empty(rows * columns, dtype=torch.int32)
+    scratch = pages.empty(rows * columns, dtype=torch.int32)
     for top in range(0, m, rows):
         some = slice(top, min(top + rows, m))
         for left in range(0, n, columns):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twinweight.kernels import Backend, backend_for
+from twinweight.kernels import Backend, backend_for, pages
 from twinweight.kernels.prepared import KernelWeight
 
 SCRATCH_BYTES = 256 << 20
@@ -35,7 +35,7 @@ def stream_linear(backend: Backend, x: Tensor, w: KernelWeight, bias: Tensor | N
     if rows == w.n:
         backend.expand_rows(w, 0, rows, scratch)
         return torch.nn.functional.linear(wide, scratch, wide_bias).to(x.dtype)
-    y = torch.empty(x.shape[0], w.n, dtype=dtype, device=x.device)
+    y = pages.empty(x.shape[0], w.n, dtype=dtype) if x.device.type == "cpu" else x.new_empty(x.shape[0], w.n, dtype=dtype)
     for start in range(0, w.n, rows):
         stop = min(start + rows, w.n)
         _tile(backend, wide, w, wide_bias, scratch[: stop - start], y, start, stop)
