@@ -50,6 +50,7 @@ def make(kernel: TwinLinearKernel, *, exact: bool = True) -> KernelWeight | None
     return own if layout is None or not exact or _is_exact(own, layout, kernel.dtype) else None
 
 
+@torch.inference_mode()
 def refill(kernel: TwinLinearKernel) -> None:
     """Write new weights in place. Where they do not fit the copy: drops it on a CPU, raises RuntimeError on a GPU, whose
     captured graphs hold its address.
