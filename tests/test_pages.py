@@ -53,9 +53,13 @@ def test_one_run_has_no_noise_and_no_twin_no_credit() -> None:
 
 
 def test_vllm() -> None:
-    assert pages.served_summary(reports.served()) == (
-        "With twins for 8 of 8 weights through vLLM 0.32.0 the time to first token falls from 2,335 to 1,207 ms (1.93x as "
-        "fast), the time per output token falls from 42.8 to 31.4 ms (1.36x as fast), and the KV cache has room for 131,072 "
+    result = reports.served()
+    for record, (ttft, tpot) in zip(result["records"], ((2000.0, 42.0), (1000.0, 30.0)), strict=True):
+        record |= {"ttft_ms": ttft, "tpot_ms": tpot}
+    result["ratios"][0] |= {"ttft": 2.0, "tpot": 0.7143}
+    assert pages.served_summary(result) == (
+        "With twins for 8 of 8 weights through vLLM 0.32.0 the time to first token falls from 2,000 to 1,000 ms (2.00x as "
+        "fast), the time per output token falls from 42.0 to 30.0 ms (1.40x as fast), and the KV cache has room for 131,072 "
         "tokens, as without them."
     )
     several = pages.served_summary(reports.served_at((512, 1), (512, 8), (8192, 1)))
