@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from twinweight.graphs import Graphs
+
 ROTATED_BYTES = 192 << 20  # what one round over the copies of a weight must read: three times an H200's L2
 
 
@@ -19,34 +21,16 @@ def copies_of(nbytes: int) -> int:
 def capture(calls: list[Callable[[], object]], at_least: int = 1) -> tuple[torch.cuda.CUDAGraph, int]:
     """(graph, calls in it) of all `calls` in turn, again and again up to `at_least`."""
     rounds = -(-at_least // len(calls))
-    stream, pool, _ = _capturing()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # not torch.cuda.graph, which collects garbage and empties the allocator's cache each time
-        for call in calls:
-            call()  # compiles, allocates workspaces
-        torch.cuda.synchronize()
-        graph.capture_begin(pool=pool)
+
+    def run(rounds: int) -> None:
         for _ in range(rounds):
             for call in calls:
                 call()
-        graph.capture_end()
-    return graph, rounds * len(calls)
+
+    return _graphs().capture(lambda: run(rounds), warm=lambda: run(1)), rounds * len(calls)
 
 
-@functools.cache
-def _capturing() -> tuple[torch.cuda.Stream, tuple[int, int], torch.cuda.CUDAGraph]:
-    """One stream and one memory pool for all graphs here, which never replay together, and a graph that keeps the pool: it goes
-    with the last graph in it, and cannot be used again.
-    """
-    stream, pool, anchor = torch.cuda.Stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-    one = torch.ones(1, device="cuda")
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        anchor.capture_begin(pool=pool)
-        one.add_(1)
-        anchor.capture_end()
-    return stream, pool, anchor
+_graphs = functools.cache(Graphs)
 
 
 def interleaved(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: int = 7, warm: int = 2) -> dict[str, list[float]]:

@@ -18,12 +18,12 @@ HERE = GPU if torch.cuda.is_available() else CPU
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "dense"), ("", "dense"), ("int8", "int8"), ("fp8-row", "fp8-row")])
 def test_the_environment(value: str | None, expected: str) -> None:
-    assert twin.request_from_environment({} if value is None else {twin.VARIABLE: value}) == expected
+    assert twin.request(None, {} if value is None else {twin.VARIABLE: value}) == expected
 
 
 def test_bad_requests_are_named() -> None:
     with pytest.raises(ConfigError, match="TWINWEIGHT_DTYPE: twin dtype is 'e4m3', expected one of dense, int8, fp8"):
-        twin.request_from_environment({twin.VARIABLE: "e4m3"})
+        twin.request(None, {twin.VARIABLE: "e4m3"})
     with pytest.raises(ConfigError, match="is 'fp4'"):
         twin.check_request("fp4")
 

@@ -36,8 +36,10 @@ def check_request(value: str) -> str:
     return value
 
 
-def request_from_environment(environ: Mapping[str, str] | None = None) -> str:
-    """TWINWEIGHT_DTYPE, else "dense". Raises ConfigError for a value that is not known."""
+def request(given: str | None, environ: Mapping[str, str] | None = None) -> str:
+    """What is asked for: `given`, else TWINWEIGHT_DTYPE, else "dense". Raises ConfigError for a value that is not known."""
+    if given is not None:
+        return check_request(given)
     value = (os.environ if environ is None else environ).get(VARIABLE)
     try:
         return check_request(value) if value else "dense"

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from twinweight.commands.options import Device, Html, Json, KvFloor, Mode, Model, TwinDtype, Utilization
+from twinweight.commands.options import (
+    Device,
+    EngineArgs,
+    Html,
+    Json,
+    KvFloor,
+    Mode,
+    Model,
+    TwinDtype,
+    Utilization,
+    json_object,
+)
 from twinweight.commands.output import check_files, stamp, write_html, write_json
 from twinweight.errors import ConfigError
 
@@ -25,7 +35,7 @@ def bench(
     image: Annotated[str | None, typer.Option(help="hf: WIDTHxHEIGHT, for vision-language models")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="vllm: servers started for each of off and on, in turn")] = 1,
-    engine_args: Annotated[str | None, typer.Option(help="vllm: JSON, arguments of vllm.LLM for off and on")] = None,
+    engine_args: EngineArgs = None,
     mode: Mode = None,
     twin_dtype: TwinDtype = None,
     device: Device = None,
@@ -40,7 +50,7 @@ def bench(
         if image is not None or batch != 1 or device is not None:
             raise ConfigError("--engine vllm takes --concurrency, and no --batch, --image or --device")
         points = tuple(itertools.product(prompts, _numbers("--concurrency", concurrency)))
-        args = {"gpu_memory_utilization": utilization, **_object("--engine-args", engine_args)}
+        args = {"gpu_memory_utilization": utilization, **json_object("--engine-args", engine_args)}
         check_files(json_file, html=html_file)
         result = _vllm(model, (points, output_tokens, repeats), mode, twin_dtype, kv_floor, args, rounds)
     else:
@@ -80,14 +90,13 @@ def _vllm(
     from twinweight.engines.vllm.bench import Workload
     from twinweight.engines.vllm.bench import bench as serve
     from twinweight.plan import check_mode
-    from twinweight.twin import check_request, request_from_environment
+    from twinweight.twin import request
 
     chosen = mode_from_environment() if mode is None else check_mode(mode)
-    dtype = request_from_environment() if twin_dtype is None else check_request(twin_dtype)
     with Console(stderr=True).status("starting vLLM") as status:
         return serve(
-            model, Workload(*work), mode=chosen, dtype=dtype, kv_floor=kv_floor, engine_args=engine_args, rounds=rounds,
-            step=status.update,
+            model, Workload(*work), mode=chosen, dtype=request(twin_dtype), kv_floor=kv_floor, engine_args=engine_args,
+            rounds=rounds, step=status.update,
         )  # fmt: skip
 
 
@@ -96,16 +105,6 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     if not all(p.isdigit() and int(p) for p in parts):
         raise ConfigError(f"{option} is {text!r}, expected whole numbers of at least 1 such as 512,2048")
     return tuple(map(int, parts))
-
-
-def _object(option: str, text: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{option} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{option} is {text}, expected an object such as '{{\"enforce_eager\": true}}'")
-    return found
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

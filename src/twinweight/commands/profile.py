@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from twinweight.commands.options import Device, EngineArgs, KvFloor, Model, TwinDtype, Utilization, json_object
 from twinweight.errors import ConfigError
 
 
 def profile(
-    model: Annotated[Path, typer.Argument(help="local model directory", show_default=False)],
+    model: Model,
     out: Annotated[Path, typer.Option(help="directory for off.json.gz and on.json.gz")],
     engine: Annotated[str, typer.Option(help="hf (transformers, here) or vllm (servers in processes of their own)")] = "hf",
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     output_tokens: Annotated[int, typer.Option(min=2)] = 8,
     batch: Annotated[int, typer.Option(min=1, help="sequences at once")] = 1,
     mode: Annotated[str, typer.Option(help="soft or hard, of the arm that is on")] = "soft",
-    device: Annotated[str | None, typer.Option(help="hf: cpu, cuda, cuda:1; default: the GPU if there is one")] = None,
-    utilization: Annotated[float, typer.Option(help="share of the memory that may be used at all")] = 0.9,
-    kv_floor: Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")] = None,
-    engine_args: Annotated[str | None, typer.Option(help="vllm: JSON, arguments of vllm.LLM for off and on")] = None,
+    twin_dtype: TwinDtype = None,
+    device: Device = None,
+    utilization: Utilization = 0.9,
+    kv_floor: KvFloor = None,
+    engine_args: EngineArgs = None,
     references: Annotated[
         bool, typer.Option(help="vllm on a GPU: record both without CUDA graphs too, to know what graphs replay")
     ] = True,
@@ -31,12 +32,14 @@ def profile(
     """Record profiler traces of prefill and decode, off and on, for `twinweight roofline`."""
     from twinweight.plan import check_mode
     from twinweight.roofline.recording import Recipe
+    from twinweight.twin import request
 
     if engine not in ("hf", "vllm"):
         raise ConfigError(f"--engine is {engine!r}, expected hf or vllm")
     if check_mode(mode) == "off":
         raise ConfigError("--mode is 'off', which is one of the two traces: expected soft or hard for the other")
     recipe = Recipe(prompt_tokens, output_tokens, batch)
+    dtype = request(twin_dtype)
     with Console(stderr=True).status("loading") as status:
 
         def step(name: str) -> None:
@@ -47,10 +50,10 @@ def profile(
                 raise ConfigError("--engine vllm takes no --device")
             from twinweight.engines.vllm.record import record as record_vllm
 
-            settings = {"mode": mode} | ({} if kv_floor is None else {"kv_floor": kv_floor})
+            settings = {"mode": mode, "dtype": dtype} | ({} if kv_floor is None else {"kv_floor": kv_floor})
             written = record_vllm(
                 model, recipe, out, settings=settings, references=references and _has_gpu(), step=step,
-                engine_args={"gpu_memory_utilization": utilization} | _object(engine_args),
+                engine_args={"gpu_memory_utilization": utilization} | json_object("--engine-args", engine_args),
             )  # fmt: skip
         else:
             if engine_args is not None:
@@ -58,7 +61,7 @@ def profile(
             from twinweight.engines.hf import load
             from twinweight.roofline.recording import record
 
-            loaded = load(model, mode=mode, device=device, utilization=utilization, kv_floor=kv_floor)
+            loaded = load(model, mode=mode, twin_dtype=dtype, device=device, utilization=utilization, kv_floor=kv_floor)
             written = record(loaded, recipe, out, step)
     console = Console()
     for path in written.values():
@@ -70,13 +73,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _object(text: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        raise ConfigError(f"--engine-args is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"--engine-args is {text!r}, expected an object such as '{{\"tensor_parallel_size\": 2}}'")
-    return found

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from twinweight import formats
+from twinweight import formats, twin
 from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
 from twinweight.engines.head import flatten_head
@@ -31,7 +31,6 @@ from twinweight.kernels.stream import scratch_bytes
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
 from twinweight.plan import SEED_SWITCH, Budget, Mode, check_mode
-from twinweight.twin import check_request, request_from_environment
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def load(
     fit, ConfigError for a bad argument. Nothing half-loaded stays.
     """
     chosen = mode_from_environment() if mode is None else check_mode(mode)
-    request = request_from_environment() if twin_dtype is None else check_request(twin_dtype)
+    request = twin.request(twin_dtype)
     where = _device(device)
     ckpt, fmt, model = _open(path, where, dtype)
     dtype = model.dtype

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from twinweight.cache import Cache
 from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
+from twinweight.graphs import Graphs
 from twinweight.kernels import backend_for
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
@@ -101,7 +103,7 @@ def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = (), secon
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
     calls = {INT4: _rotating(inners), **{name: timed[choice] for name, choice in ours.items()}}
-    wrap = _graphed if device.type == "cuda" else _plain
+    wrap = partial(_graphed, Graphs()) if device.type == "cuda" else _plain
     measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap, seconds=seconds)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
@@ -208,16 +210,11 @@ def _plain(run: Callable[[], None]) -> Callable[[], object]:
     return run
 
 
-def _graphed(run: Callable[[], None]) -> Callable[[], object]:
+def _graphed(graphs: Graphs, run: Callable[[], None]) -> Callable[[], object]:
     """The replay of a CUDA graph of `run`; `run` itself where a kernel cannot be captured."""
-    run()  # kernels are compiled and workspaces allocated outside of the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
-            run()
+        replay: Callable[[], object] = graphs.capture(run).replay
     except RuntimeError:
         torch.cuda.synchronize()
         return run
-    replay: Callable[[], object] = graph.replay
     return replay
