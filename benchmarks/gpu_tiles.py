@@ -1,6 +1,6 @@
 """Tiles of the int4 product, measured: what `kernels/tiles.py` chooses from.
 
-    python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS]
+    python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--rows 16 32 64 128 256 512]
 
 Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
 {"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}. Prints the three best of each shape and M.
@@ -32,19 +32,24 @@ ROWS = [1, 8, 16, 32, 64, 128, 256, 512, 1024]
 
 def candidates(m: int) -> list[DotTiles]:
     """What may be good for m rows."""
-    tile: tuple[int, int, int]
     if m <= 32:
         tiles = itertools.product([(32, 2), (64, 4), (128, 8)], [(4, 1), (3, 2), (3, 4)], [1, 2, 4, 8])
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
         return [DotTiles(block_m, n, 16, split, 8, warps, stages, unroll) for (n, warps), (stages, unroll), split in tiles]
-    blocks = {64: [(64, 64, 4), (64, 128, 8)], 128: [(128, 128, 8), (128, 64, 4), (64, 128, 8)]}
+    blocks = {64: [(64, 64, 4), (64, 128, 8), (64, 128, 4)], 128: [(128, 128, 8), (128, 64, 4), (64, 128, 8), (128, 256, 8)]}
     found = []
     for tile in blocks.get(m, [(256, 128, 8), (128, 128, 8), (128, 256, 8), (128, 64, 4), (256, 64, 4)]):
-        for words, stages in [(8, 3), (8, 4), (8, 5), (16, 3), (16, 4)]:
-            for split in [1, 2, 4] if m <= 128 else [1, 2] if m == 256 else [1]:
-                if stages * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
-                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
+        for words, stages, unroll in [(8, 3, 1), (8, 4, 1), (8, 5, 1), (8, 3, 2), (16, 3, 1), (16, 4, 1)]:
+            for split in {512: [1, 2], 1024: [1]}.get(m, [1, 2, 4]):
+                if stages * unroll * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
+                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages, unroll))
     return found
+
+
+def fits(t: DotTiles, m: int, n: int) -> bool:
+    """Whether the GPU would be half full at least, and splitting K is not for nothing."""
+    tiles = -(-m // t.block_m) * -(-n // t.block_n)
+    return 66 <= tiles * t.split_k and (t.split_k == 1 or tiles * t.split_k <= 1200)
 
 
 def expand_candidates() -> list[ExpandTiles]:
@@ -104,10 +109,11 @@ def main() -> None:
     p.add_argument("out", type=Path)
     p.add_argument("--workers", type=int, default=12)
     p.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
-    p.add_argument("--budget", type=float, default=240.0)
+    p.add_argument("--budget", type=float, default=240.0, help="seconds after which no further size is begun")
+    p.add_argument("--rows", type=int, nargs="+", default=ROWS)
     a = p.parse_args()
     begun = time.monotonic()
-    jobs = list({(1 if m == 1 else 8 if m % 16 else 16, t): None for m in ROWS for t in candidates(m)})
+    jobs = list({(1 if m == 1 else 8 if m % 16 else 16, t): None for m in a.rows for t in candidates(m)})
     if a.workers:
         with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
             failed = [e for e in pool.map(compile_one, jobs + [(16, t) for t in expand_candidates()], chunksize=1) if e]
@@ -121,13 +127,15 @@ def main() -> None:
         weights = [gpu.prepare(random_weight(n, k, seed)) for seed in range(copies_of(n * k // 2))]
         dense = random_weight(n, k).dequantize().float()
         records += expansions(n, k, weights)
-        for m in ROWS:
+        for m in a.rows:
             if time.monotonic() - begun > a.budget:
                 break
             x = torch.randn(m, k, device="cuda").bfloat16()
             truth = x.float() @ dense.t()
             graphs = {}
             for tiles in candidates(m):
+                if not fits(tiles, m, n):
+                    continue
                 calls = [
                     lambda w=w, t=tiles, x=x: fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
                     for w in weights

@@ -44,6 +44,7 @@ def main() -> None:
     p.add_argument("--model", default="llama-3.1-8b")
     p.add_argument("--layers", type=int)
     p.add_argument("--mode", choices=("off", "on", "bf16"), required=True)
+    p.add_argument("--twin-dtype", default="dense", help="dense, fp8, fp8-exact or fp8-row; write each to a file of its own")
     p.add_argument("--linear-backend", default="auto")
     p.add_argument("--tp", type=int, default=1)
     p.add_argument("--repeats", type=int, default=3)
@@ -77,7 +78,7 @@ def main() -> None:
         if a.linear_backend != "auto":
             llm["linear_backend"] = a.linear_backend
         if a.mode == "on":
-            llm["additional_config"] = {"twinweight": {"mode": "soft"}}
+            llm["additional_config"] = {"twinweight": {"mode": "soft", "dtype": a.twin_dtype}}
         arm.run(arm.Job(llm, work, random_integers=True), done=save)
 
 

@@ -20,7 +20,7 @@ def budget(spendable: int, **more: int) -> Budget:
     return Budget(total, spendable + round(total * 0.1), 0.9, **more)
 
 
-def test_the_seeds_gate() -> None:
+def test_the_gate_on_free_memory() -> None:
     # free - total x (1 - utilization) = 40 - 100 x 0.1 = 30: three twins of 10 fit, not four.
     b = Budget(total=100, free=40, utilization=0.9)
     result = choose([candidate(str(i), ("bfloat16", 10, 1.0)) for i in range(4)], b, "soft")

@@ -12,7 +12,7 @@ from twinweight.workload import Workload
 
 Mode = Literal["off", "soft", "hard"]
 GIB = 1 << 30
-SEED_SWITCH = "VLLM_W4A16_PREFILL_BF16"
+PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 """The environment variable this project started from: 1 means mode `soft`."""
 
 

@@ -137,7 +137,7 @@ def test_logits_are_close_to_a_dense_float32_model(case: Case, tmp_path: Path) -
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("mode", ["off", "soft"])
-def test_the_runs_of_the_seed(checkpoint: Path, mode: str, compiled: bool) -> None:
+def test_decode_stays_on_int4(checkpoint: Path, mode: str, compiled: bool) -> None:
     """Off, on, and on under compile: decode stays on int4, prefill takes the twin when on, the tokens are the same."""
     expected = load(checkpoint, mode="off").generate(ids_of(1, 24), max_new_tokens=6, min_new_tokens=6, do_sample=False)
     model = load(checkpoint, mode=mode)
@@ -260,11 +260,13 @@ def test_running_out_of_memory_keeps_int4(
 
 
 @pytest.mark.parametrize(
-    ("ours", "seeds", "mode"),
+    ("ours", "switch", "mode"),
     [(None, "1", "soft"), ("off", "1", "off"), ("hard", None, "hard"), (None, None, "soft"), (None, "0", "soft")],
 )
-def test_the_environment_sets_the_mode(ours: str | None, seeds: str | None, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("TWINWEIGHT_MODE", ours), ("VLLM_W4A16_PREFILL_BF16", seeds)):
+def test_the_environment_sets_the_mode(
+    ours: str | None, switch: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TWINWEIGHT_MODE", ours), ("VLLM_W4A16_PREFILL_BF16", switch)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)

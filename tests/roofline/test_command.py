@@ -1,4 +1,4 @@
-"""`twinweight roofline` as a command: the seed's flags, files written, 80 columns, one line for what cannot be read."""
+"""`twinweight roofline` as a command: its flags, files written, 80 columns, one line for what cannot be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(*arguments: str, columns: int = 80) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
 
 
-def test_the_flags_of_the_seed(tmp_path: Path) -> None:
+def test_the_flags_together(tmp_path: Path) -> None:
     files = tmp_path / "r.json", tmp_path / "sub" / "r.csv"
     done = run(
         ON, "--report-by-op", "--kind", "ALL", "--gpu", "gfx1151", "--top", "5", "--json", str(files[0]), "--csv", str(files[1])

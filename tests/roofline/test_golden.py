@@ -118,7 +118,7 @@ def test_attention_of_eager_steps() -> None:
 
 
 def test_the_proof_in_one_command() -> None:
-    """Decode still runs the int4 kernel, and prefill what has a twin by a dense GEMM: the seed's proof, on the CPU."""
+    """Decode still runs the int4 kernel, and prefill what has a twin by a dense GEMM, on the CPU."""
     diff = roofline([DATA / "cpu-off.json.gz", DATA / "cpu-on.json.gz"])["diff"]
     changes = {(r["op"], r["shape"], r["phase"]): r["change"] for r in diff["ops"] if r["kind"] in ("gemm", "w4a16")}
     for n, k in ((1152, 384), (384, 1152), (384, 384), (128, 384)):

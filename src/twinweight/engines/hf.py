@@ -30,7 +30,7 @@ from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.kernels.stream import scratch_bytes
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
-from twinweight.plan import SEED_SWITCH, Budget, Mode, check_mode
+from twinweight.plan import PREFILL_SWITCH, Budget, Mode, check_mode
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
@@ -42,10 +42,10 @@ _KV_FLOOR_TOKENS = 4096
 
 
 def mode_from_environment(default: Mode = "soft") -> Mode:
-    """TWINWEIGHT_MODE, else `soft` where VLLM_W4A16_PREFILL_BF16=1 (the switch this project started from), else the default."""
+    """TWINWEIGHT_MODE, else `soft` where VLLM_W4A16_PREFILL_BF16=1, else the default."""
     if value := os.environ.get("TWINWEIGHT_MODE"):
         return check_mode(value)
-    return "soft" if os.environ.get(SEED_SWITCH) == "1" else default
+    return "soft" if os.environ.get(PREFILL_SWITCH) == "1" else default
 
 
 def load(

@@ -130,6 +130,7 @@ def environment(vllm_version: str) -> dict[str, Any]:
         "device": gpu or cpu_name(), "cores": psutil.cpu_count(logical=False), "memory_gib":
         round(psutil.virtual_memory().total / GIB, 1), "python": platform.python_version(), "torch": torch.__version__,
         "vllm": vllm_version, "twinweight": twinweight.__version__, "date": time.strftime("%Y-%m-%d"),
+        "preloaded": [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p],
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from twinweight import cache, twin
 from twinweight.errors import ConfigError
-from twinweight.plan import SEED_SWITCH, Mode, check_mode
+from twinweight.plan import PREFILL_SWITCH, Mode, check_mode
 
 KEY = "twinweight"
 """The key in vLLM's additional_config."""
@@ -43,7 +43,7 @@ FIELDS = tuple(f.name for f in fields(Config))
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """The fields that TWINWEIGHT_<FIELD> variables set. Raises ConfigError naming the variable and its value."""
     found: dict[str, Any] = {}
-    if environ.get(SEED_SWITCH) == "1":
+    if environ.get(PREFILL_SWITCH) == "1":
         found["mode"] = "soft"
     for name in FIELDS:
         variable = _PREFIX + name.upper()
