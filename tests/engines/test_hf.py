@@ -210,11 +210,14 @@ def at_memory(monkeypatch: pytest.MonkeyPatch, spare: int, total: int = 1 << 40)
 
 
 def weights_and_floor(checkpoint: Path, kv_floor: int) -> int:
-    """What is charged before twins: the int4 and dense weights, the KV floor, the transient of building a twin."""
+    """What is charged before twins: int4 and dense weights, KV floor, `stream`'s scratch, the peak of building a twin."""
     described = hf.describe(checkpoint)
-    backend = hf.backend_for(torch.device("cpu"))
-    int4 = sum(backend.weight_bytes(s.n, s.k, s.group_size, s.act_order, s.symmetric) for s in described.shapes.values())
-    return int4 + described.dense_bytes + kv_floor * hf.kv_bytes_per_token(described.config, described.dtype) + hf.TILE_BYTES
+    device, shapes = torch.device("cpu"), described.shapes.values()
+    backend = hf.backend_for(device)
+    int4 = sum(backend.weight_bytes(s.n, s.k, s.group_size, s.act_order, s.symmetric) for s in shapes)
+    scratch = max(hf.scratch_bytes(s.n, s.k, described.dtype, device) for s in shapes)
+    kv = kv_floor * hf.kv_bytes_per_token(described.config, described.dtype)
+    return int4 + described.dense_bytes + kv + scratch + hf.TILE_BYTES
 
 
 def test_soft_keeps_what_fits_and_says_once_what_missed(

@@ -1,6 +1,10 @@
 """The CPU backend: ATen's layout is read back exactly, and its kernel computes what the expansion holds."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +98,13 @@ def test_paths_are_close_to_float64(case: Case, m: int) -> None:
 
 def test_the_backend_of_the_cpu_is_aten() -> None:
     assert backend_for(torch.device("cpu")) is cpu
+
+
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="already runs with the instruction set that was asked for")
+@pytest.mark.parametrize("instructions", ["avx2", "default"])
+def test_layouts_of_other_instruction_sets_are_read_too(instructions: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "identity or undone", __file__],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": instructions}, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-2000:]

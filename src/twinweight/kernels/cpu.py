@@ -21,7 +21,7 @@ from twinweight.kernels.prepared import TILE_BYTES, KernelWeight, group_order
 from twinweight.paths import Path
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_nibbles
 
-_ROWS = 64  # rows are padded to ATen's widest block, so that every block has the same layout
+_ROWS = 64  # rows are padded to ATen's widest block, so that every block is whole
 _GROUPS = (256, 128, 64, 32)  # group sizes the kernel takes
 _EXPANDED = 1 << 20  # weights expanded at a time: their fp32 values stay in the second-level caches
 _MIRRORED = (3, 5, 11, 15)  # zero points whose groups are stored as 15 - q
@@ -83,18 +83,18 @@ def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     """As `expand`, for output features first to last (first a multiple of 64), into out [last - first, K]."""
     if first % _ROWS:
         raise ValueError(f"first is {first}, expected a multiple of {_ROWS}")
-    low, high = _block_rows()
+    size, low, high = _block()
     cols = w.packed.shape[1] * 2
-    blocks = w.packed.view(-1, cols, _ROWS // 2)[first // _ROWS : -(-last // _ROWS)]
+    blocks = w.packed.view(-1, cols, size // 2)[first // size : -(-last // size)]
     order = w.perm.long() if w.perm is not None else None
-    step = max(1, _EXPANDED // (cols * _ROWS))
+    step = max(1, _EXPANDED // (cols * size))
     for at in range(0, blocks.shape[0], step):
-        pairs = blocks[at : at + step].transpose(1, 2).contiguous()  # [blocks, 32, K']
-        values = torch.empty(pairs.shape[0], _ROWS, cols)
+        pairs = blocks[at : at + step].transpose(1, 2).contiguous()  # [blocks, size / 2, K']
+        values = torch.empty(pairs.shape[0], size, cols)
         values[:, low] = (pairs & 15).float()
         values[:, high] = (pairs >> 4).float()
-        start, stop = at * _ROWS, min((at + pairs.shape[0]) * _ROWS, last - first)
-        scales = w.scales[:, first + start :][:, : values.shape[0] * _ROWS]
+        start, stop = at * size, min((at + pairs.shape[0]) * size, last - first)
+        scales = w.scales[:, first + start :][:, : values.shape[0] * size]
         scale, zero = scales.float().permute(2, 1, 0).contiguous().unsqueeze(-1)
         dense = values.view(-1, scale.shape[1], w.group_size)
         # q * s + (z - 8 s) has at most 13 significant bits at every step: fp32 holds it exactly.
@@ -111,11 +111,11 @@ def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weigh
 
     Zero points come back exactly: the rounding of `zero` is smaller than half a step.
     """
-    low, high = _block_rows()
+    size, low, high = _block()
     cols = w.packed.shape[1] * 2
     values = torch.empty(w.packed.shape[0], w.k, dtype=torch.uint8)
-    for block, pairs in enumerate(w.packed.view(-1, cols, _ROWS // 2)):
-        tile = values[block * _ROWS : (block + 1) * _ROWS]
+    for block, pairs in enumerate(w.packed.view(-1, cols, size // 2)):
+        tile = values[block * size : (block + 1) * size]
         tile[low], tile[high] = pairs.T[:, : w.k] & 15, pairs.T[:, : w.k] >> 4
     values = values[: w.n]
     repeat = w.scales.shape[0] * group_size // w.k if group_size < w.k else w.scales.shape[0]
@@ -136,23 +136,24 @@ def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weigh
 
 
 @lru_cache(maxsize=1)
-def _block_rows() -> tuple[Tensor | slice, Tensor | slice]:
-    """Which of a block's 64 rows the low and the high nibbles of its 32 bytes per column are: slices where they are ranges.
+def _block() -> tuple[int, Tensor | slice, Tensor | slice]:
+    """Rows of a block of ATen's layout, and which of them the low and the high nibbles of a column's bytes are.
 
-    The layout depends on the instruction set that ATen was built for, so it is read off a packed probe.
+    The layout depends on the instruction set that ATen runs with (blocks of 64 rows with AVX-512, of 32 without), so it is
+    read off packed probes: every row of a block is found once, or the block has another size.
     """
     cols, rows = 32, torch.arange(_ROWS)
-    probes = [rows % 16, rows // 16]
-    found = []
-    for probe in probes:
+    packed = []
+    for probe in (rows % 16, rows // 16):
         tile = torch.zeros(_ROWS, cols, dtype=torch.int32)
         tile[:, 1] = probe
-        column = torch.ops.aten._convert_weight_to_int4pack_for_cpu(tile, 1).view(cols, _ROWS // 2)[1]
-        found.append(torch.stack((column & 15, column >> 4)))
-    low, high = (found[0] + 16 * found[1]).long()
-    if not torch.equal(torch.cat((low, high)).sort().values, rows):
-        raise TwinweightError("this build of torch packs int4 weights in a layout that Twinweight does not know")
-    return _as_slice(low), _as_slice(high)
+        packed.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(tile, 1).flatten())
+    for size in (64, 32, 16):
+        first, second = (p.view(_ROWS // size, cols, size // 2)[0, 1].long() for p in packed)
+        low, high = (first & 15) + 16 * (second & 15), (first >> 4) + 16 * (second >> 4)
+        if torch.equal(torch.cat((low, high)).sort().values, torch.arange(size)):
+            return size, _as_slice(low), _as_slice(high)
+    raise TwinweightError("this build of torch packs int4 weights in a layout that Twinweight does not know")
 
 
 def _as_slice(rows: Tensor) -> Tensor | slice:
