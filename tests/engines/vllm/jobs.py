@@ -6,12 +6,15 @@ import atexit
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.engines.vllm import models
 
@@ -22,6 +25,13 @@ CROSSOVER = 16  # given, not measured: which path ran must not depend on the mac
 ON = json.dumps({"twinweight": {"mode": "soft", "crossover": CROSSOVER}})
 CLEAR = 0.25
 """A lead that no rounding of bf16 turns; where it is less, runs may part."""
+
+CPU_INFO = Path("/proc/cpuinfo")
+needs_kernel = pytest.mark.skipif(
+    platform.machine() == "x86_64" and CPU_INFO.exists() and " avx512f " not in CPU_INFO.read_text(),
+    reason="vLLM's W4A16 kernel for CPUs needs AVX-512: without it vLLM serves no such model, with the plugin or without",
+)
+"""Mark of what starts a server."""
 
 Environ = tuple[tuple[str, str], ...]
 COMPILING: Environ = (("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("TORCH_COMPILE_DISABLE", "0"))

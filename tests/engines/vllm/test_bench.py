@@ -10,9 +10,11 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import environment
+from tests.engines.vllm.jobs import environment, needs_kernel
 from tests.engines.vllm.models import SHORT, short
 from twinweight.engines.vllm.bench import Workload, bench
+
+pytestmark = needs_kernel
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,10 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, result
+from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
 from tests.engines.vllm.models import PROMPTS, SHORT, adapter, linears, short, short_w8
+
+pytestmark = needs_kernel
 
 OFF_RUN = Job(short())
 

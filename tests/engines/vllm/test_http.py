@@ -19,10 +19,12 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import CLEAR, ON, ROOT, Job, environment, result
+from tests.engines.vllm.jobs import CLEAR, ON, ROOT, Job, environment, needs_kernel, result
 from tests.engines.vllm.models import PROMPTS, linears, short
 from twinweight.engines.vllm.metrics import INTERVAL
 from twinweight.workload import from_metrics
+
+pytestmark = needs_kernel
 
 MODEL = short()
 

@@ -12,11 +12,13 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 
-from tests.engines.vllm.jobs import TOKENS, Job, assert_same_tokens, calls, result
+from tests.engines.vllm.jobs import TOKENS, Job, assert_same_tokens, calls, needs_kernel, result
 from tests.engines.vllm.models import BUILD, linears, short
 from twinweight.cache import VARIABLE, Cache
 from twinweight.measured import Measured
 from twinweight.timing import Timing
+
+pytestmark = needs_kernel
 
 CACHE = BUILD / "own-times"
 MODEL = short()

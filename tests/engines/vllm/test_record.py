@@ -18,6 +18,8 @@ from twinweight.errors import TwinweightError
 from twinweight.roofline.recording import Recipe
 from twinweight.roofline.run import roofline
 
+pytestmark = jobs.needs_kernel
+
 PROMPT, OUT = 64, 4
 
 

@@ -10,8 +10,10 @@ import pytest
 if importlib.util.find_spec("vllm") is None:  # importing it here would cost each session its ten seconds
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import CROSSOVER, ON, TOKENS, Job, assert_same_tokens, attempt, calls, result
+from tests.engines.vllm.jobs import CROSSOVER, ON, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
 from tests.engines.vllm.models import ROOT, TRAINED, linears, short, synthetic
+
+pytestmark = needs_kernel
 
 OFF_RUN, ON_RUN = Job(TRAINED), Job(TRAINED, ON)
 RANDOM = Job(synthetic(0), ON, reload=(synthetic(1), synthetic(0)))
