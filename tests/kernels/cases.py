@@ -59,8 +59,10 @@ LINEAR_TILES = {
     "dot-narrow": replace(DOT, block_m=16, group_n=2),
     "dot-split": replace(DOT, split_k=3),
     "dot-unrolled": replace(DOT, unroll=2),
+    "dot-sums": replace(DOT, split_k=2, scale_sums=True),
 }
 WIDE_TILES = {"dot-wide": replace(DOT, block_words=16), "dot-wide-split": replace(DOT, block_words=32, split_k=2)}
+WIDE_TILES["dot-wide-sums"] = replace(WIDE_TILES["dot-wide"], scale_sums=True)
 """For groups that a wide step divides, and one group a row."""
 
 EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

@@ -28,8 +28,8 @@ from twinweight.kernels import expand, fused, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True, tensor_memory=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), tiles.DeviceTraits("amd", 64, 304, 65536, False)),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), tiles.DeviceTraits("amd", 32, 96, 65536, False)),
     "gfx1151": (GPUTarget("hip", "gfx1151", 32), tiles.DeviceTraits("amd", 32, 40, 65536, False)),
@@ -64,7 +64,7 @@ def variants(
         t = choose(m, N, k, group_size, traits)
         made[name] = (
             fused._dot_kernel,
-            common | dot_constants(t, bias=not ragged, even=not ragged) | ({"SPLIT_K": 2} if ragged else {}),
+            common | dot_constants(t, common, traits, bias=not ragged, even=not ragged) | ({"SPLIT_K": 2} if ragged else {}),
             {"num_warps": t.num_warps, "num_stages": t.num_stages},
         )
     e = tiles.expand_tiles(N, k, group_size, traits)
@@ -73,18 +73,20 @@ def variants(
     return made
 
 
-def dot_constants(t: tiles.DotTiles, *, bias: bool, even: bool) -> Constants:
-    """The constants of `_dot_kernel` that follow from tiles and from the shape."""
+def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTraits, *, bias: bool, even: bool) -> Constants:
+    """The constants of `_dot_kernel` that follow from tiles, from the shape and from the GPU."""
+    sums, settle = fused.ways(t, common["GROUP"], common["PACKED"], traits)
     return {
         "HAS_BIAS": bias, "EVEN_K": even, "EVEN_W": even, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_W": t.block_words,
-        "SPLIT_K": t.split_k, "UNROLL": t.unroll, "GROUP_N": t.group_n, **({} if bias else {"bias_ptr": None}),
+        "SPLIT_K": t.split_k, "UNROLL": t.unroll, "GROUP_N": t.group_n, "SCALE_SUMS": sums, "SETTLE": settle,
+        **({} if bias else {"bias_ptr": None}),
     }  # fmt: skip
 
 
 def compile_one(
     kernel: Any, constants: Constants, options: dict[str, int], dtype: str, target: GPUTarget, aligned: bool
 ) -> Any:
-    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*u8", "parts_ptr": "*fp32", "counters_ptr": "*i32", "perm_ptr": "*i64"}
+    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*i16", "parts_ptr": "*fp32", "counters_ptr": "*i32", "perm_ptr": "*i64"}
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -138,6 +140,7 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
     return {
         "matrix": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
         "load16": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx)),
         "trap": len(re.findall(r"^\s+trap;", ptx, re.M)),
         "registers": int(registers),

@@ -62,6 +62,11 @@ def test_products_use_matrix_instructions(target: str, compiled: dict[str, list[
             assert row.get(kind, 0) > 0, row
 
 
+def test_no_product_runs_on_into_the_next_step(compiled: dict[str, list[Row]]) -> None:
+    """On Hopper they read the weight from registers, which the next step writes: see `fused.py`."""
+    assert all(row["running"] == 0 for row in compiled["sm_90"])
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_loads_are_wide(target: str, compiled: dict[str, list[Row]]) -> None:
     for row in compiled[target]:

@@ -27,7 +27,7 @@ def traits_of(device: torch.device) -> DeviceTraits:
         getattr(p, "shared_memory_per_block_optin", 101376),  # missing from torch's stubs
         rounds_bf16=True,
         ptx=True,
-        tensor_memory=p.major == 10,
+        wgmma=p.major == 9,
     )
 
 

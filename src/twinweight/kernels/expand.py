@@ -69,7 +69,7 @@ def _expand_kernel(
     if HALVES:
         s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
         a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
-    w = weight_tile(words, a0, b0, a1, b1, dtype, PACKED, NATIVE)
+    w = weight_tile(words, a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, NATIVE)
     columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = (offs_n < rows)[:, None]
     if not EVEN:

@@ -85,7 +85,7 @@ def _grid_kernel(
         b = (z.to(tl.float32) + 1024.0).to(tl.float16)[:, None]
     else:
         b = tl.full([BLOCK_N, 1], 1032.0, tl.float16)
-    w = weight_tile(words, a, b, a, b, tl.float16, 1, False)
+    w = weight_tile(words, a, b, a, b, tl.float16, HAS_ZEROS, 1, False)
     columns = step * 128 + tl.arange(0, 128)
     tl.store(out_ptr + rows[:, None].to(tl.int64) * K + columns[None, :], w.to(tl.float32).to(out_ptr.dtype.element_ty))
 

@@ -3,6 +3,11 @@
 The weight is the left operand: matrix units take that one from registers, where it was just made, and few rows of x need a
 narrow instruction only. With few outputs K is split over programs; the last to finish a tile adds the parts in a fixed
 order, so there is one launch, and the same sum on every run.
+
+Few rows are bound by unpacking. There (`DotTiles.scale_sums`) matrix units take integers, and scales act on the sums of a
+group, in fp32: half an instruction a weight less. Where 16-bit arithmetic has no packed form for the dtype the integers stay
+biased, as a shift and a mask leave them, and a second product, of which few rows have plenty, subtracts bias and zero
+points. (On Hopper that form costs more than it saves: operands that do not change are moved into place for every product.)
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -21,11 +26,13 @@ from .device import traits_of
 from .launch import COUNTERS, Launch, Plan, counters, plan
 from .tiles import DeviceTraits, DotTiles, fused_tiles
 from .unpack import (
+    biased_zeros,
     check_linear,
     check_step,
     check_weight,
     group_at,
     group_columns,
+    integer_tile,
     load_group,
     packing,
     pair_constants,
@@ -75,6 +82,8 @@ def _dot_kernel(
     SPLIT_K: tl.constexpr,
     UNROLL: tl.constexpr,
     GROUP_N: tl.constexpr,
+    SCALE_SUMS: tl.constexpr,
+    SETTLE: tl.constexpr,
     PACKED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -131,8 +140,20 @@ def _dot_kernel(
                 x = tl.load(x_ptrs, mask=inside_m, other=0.0)
             else:
                 x = tl.load(x_ptrs, mask=inside_m & (step * BLOCK_K + offs_k < K)[None, :], other=0.0)
-            w = weight_tile(words, a0, b0, a1, b1, dtype, PACKED, NATIVE)
-            acc = tl.dot(w, tl.trans(x), acc)
+            if SCALE_SUMS:
+                if PACKED == 2:
+                    sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, True), tl.trans(x))
+                else:
+                    sums = tl.dot(biased_zeros(z0, BLOCK_K, dtype, HAS_ZEROS), tl.trans(x))
+                    sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, False), tl.trans(x), sums)
+                acc += sums * s0.to(tl.float32)[:, None]
+            else:
+                w = weight_tile(words, a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, NATIVE)
+                acc = tl.dot(w, tl.trans(x), acc)
+        if SETTLE:
+            # Products on Hopper go on beside what follows, and read the weight from registers meanwhile. Triton 3.6 and ptxas
+            # let the next turn write into these (seen on an H100: sums of garbage at 128 x 128). A use of the sums waits.
+            acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
     inside = (offs_n < N)[:, None] & (offs_m < M)[None, :]
     if SPLIT_K == 1:
@@ -165,11 +186,12 @@ def fused_linear(
     """x @ W.T + b on matrix instructions, accumulated in fp32 and rounded once; for tens to hundreds of rows.
 
     x: bf16 or fp16 [M, K], any M >= 0, any row stride. packed: int32 in the order of `order.py`;
-    scales: bf16 or fp16 [N, groups]; zeros: uint8 [N, groups] or None; all contiguous, as `gpu.prepare` makes them, with
+    scales: bf16 or fp16 [N, groups]; zeros: int16 [N, groups] or None; all contiguous, as `gpu.prepare` makes them, with
     columns in group order; group_size: K, or a multiple of 32 that divides it. bias: [N] or None. out: [M, N] of x's dtype,
     any row stride, or None for a new one. tiles: None for `fused_tiles`. Returns out.
 
-    The weight that enters the product is exactly `Int4Weight.dequantize(x.dtype)`.
+    The weight that enters the product is `Int4Weight.dequantize(x.dtype)`, exactly; with `scale_sums` it is not even rounded,
+    and the identity as x gives the same.
     Raises ValueError that names the tensor whose shape, dtype, device or strides do not fit.
     """
     return launch(x, packed, scales, zeros, bias, group_size, out, tiles, fused_tiles)
@@ -201,6 +223,16 @@ def launch(
     return out
 
 
+def ways(t: DotTiles, group: int, packed_as: int, traits: DeviceTraits) -> tuple[bool, bool]:
+    """The kernel's SCALE_SUMS and SETTLE, for its GROUP and PACKED.
+
+    Sums are scaled where a step lies in one group, but not where arithmetic is packed without PTX (fp16 on AMD): there a
+    second product costs what scaling weights does.
+    """
+    scale_sums = t.scale_sums and group % (8 * t.block_words) == 0 and packed_as != 1
+    return scale_sums, traits.wgmma and not scale_sums
+
+
 def _plan(
     x: Tensor,
     packed: Tensor,
@@ -228,9 +260,11 @@ def _plan(
     steps = -(-words // t.block_words)
     unroll = t.unroll if steps % (t.split_k * t.unroll) == 0 else 1
     stride_out = out.stride(0) if out is not None else n
+    packed_as = packing(x.dtype, scales.dtype, traits)
+    scale_sums, settle = ways(t, group, packed_as, traits)
     constants = (
         group, zeros is not None, bias is not None, k % columns == 0, words % t.block_words == 0, t.block_m, t.block_n,
-        t.block_words, t.split_k, unroll, t.group_n, packing(x.dtype, scales.dtype, traits), traits.rounds_bf16,
+        t.block_words, t.split_k, unroll, t.group_n, scale_sums, settle, packed_as, traits.rounds_bf16,
     )  # fmt: skip
     launch = Launch(
         _dot_kernel, (programs, t.split_k, 1), (m, n, k, words, groups, x.stride(0), stride_out), constants,

@@ -18,7 +18,7 @@ def prepare(weight: Int4Weight) -> KernelWeight:
     perm = group_order(weight)
     n, k = weight.shape
     packed = to_kernel_order(weight.packed, k, perm)
-    zeros = weight.zeros.contiguous() if weight.zeros is not None else None
+    zeros = weight.zeros.to(torch.int16).contiguous() if weight.zeros is not None else None
     return KernelWeight(packed, weight.scales.contiguous(), zeros, perm, weight.group_size, n, k)
 
 
@@ -26,12 +26,13 @@ def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weigh
     """The `Int4Weight` that `prepare` took."""
     packed = from_kernel_order(w.packed, w.n, w.k, w.perm)
     g_idx = (torch.argsort(w.perm) // group_size).to(torch.int32) if w.perm is not None else None
-    return Int4Weight(packed, w.scales, w.zeros, g_idx, w.group_size, w.k)
+    zeros = w.zeros.to(torch.uint8) if w.zeros is not None else None
+    return Int4Weight(packed, w.scales, zeros, g_idx, w.group_size, w.k)
 
 
 def weight_bytes(n: int, k: int, group_size: int, act_order: bool, symmetric: bool) -> int:
     """Bytes of what `prepare` returns."""
-    return padded_rows(n) * padded_words(k) * 4 + n * (k // group_size) * (2 if symmetric else 3) + (4 * k if act_order else 0)
+    return padded_rows(n) * padded_words(k) * 4 + n * (k // group_size) * (2 if symmetric else 4) + (4 * k if act_order else 0)
 
 
 def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:

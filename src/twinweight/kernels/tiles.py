@@ -1,10 +1,8 @@
 """Tile choice: one pure function a kernel, from shapes and `DeviceTraits` to one frozen dataclass.
 
-Provenance of every number here. NVIDIA, 32 rows and fewer: H200, 28672 x 4096, group 128, bf16, 24 November 2026
-(`benchmarks/results/h200-tiles-rows-whole.json`): the best of 28 to 66 candidates there, but measured before blocks of 16 rows
-were stored together (`order.py`) and before `unroll`. NVIDIA above 32 rows, and AMD: UNTUNED, chosen by counting (bytes in
-flight, programs a multiprocessor, registers) and from machine code without spills in the loop, which
-`tests/kernels/test_compile.py` keeps so; distance from the best is unknown. RDNA and CDNA are "compiled for".
+What was tuned says so in its function. The rest is UNTUNED, chosen by counting (bytes in flight, programs a multiprocessor,
+registers) and from machine code without spills in the loop, which `tests/kernels/test_compile.py` keeps so: NVIDIA before
+Hopper, RDNA and CDNA ("compiled for"), where the distance from the best is unknown.
 `benchmarks/gpu_tiles.py` measures candidates. Kernels accept any legal tiles, so tests and tuners force them.
 """
 
@@ -19,7 +17,7 @@ class DeviceTraits:
     """What tile choice may know of a GPU.
 
     shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
-    ptx: its assembly is PTX. tensor_memory: products accumulate in a memory of their own (Blackwell), not in registers.
+    ptx: its assembly is PTX. wgmma: products run beside the instructions that follow and read registers meanwhile (Hopper).
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -28,7 +26,7 @@ class DeviceTraits:
     shared_memory: int
     rounds_bf16: bool
     ptx: bool = False
-    tensor_memory: bool = False
+    wgmma: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class DotTiles:
     """A tile of block_m x block_n outputs on matrix instructions, K in steps of 8 * block_words and in `split_k` parts.
 
     block_words: 8 (one block of 64 columns), or more where they divide a group. unroll: steps between two barriers, where
-    that divides a part's steps. group_n: n-tiles that run together, so that
-    the x and weight tiles they share stay in L2.
+    that divides a part's steps. group_n: n-tiles that run together, so that the x and weight tiles they share stay in L2.
+    scale_sums: scales act on sums of products with integers, where a step lies in one group.
     """
 
     block_m: int
@@ -48,6 +46,7 @@ class DotTiles:
     num_warps: int
     num_stages: int
     unroll: int = 1
+    scale_sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,38 +59,56 @@ class ExpandTiles:
 
 
 def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
-    """Tiles for `int4_linear`, few rows: three programs a multiprocessor, by splitting K where there are too few.
+    """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
 
-    On the H200 at 448 programs, splitting costs 3 % (in 2) to 10 % (in 8), and 64 columns a step instead of 128 cost 18 %.
+    NVIDIA: 128 output features a program where that gives one and a half programs a multiprocessor, else 64, K split until
+    there are nearly two. H100, the linears of llama-3.1-8b, M = 1, 8, 16, 32, 25 November 2026
+    (`benchmarks/results/h100-tiles.json`): within 1.3 % of the best of 24. There scaling sums took 5 to 14 % less time than
+    scaling weights, splitting K once more than this 10 to 18 % more for 28672 x 4096, once less 10 % more for 6144 x 4096.
     """
-    nvidia = traits.vendor == "nvidia"
-    block_m = (8 if nvidia and m <= 8 else 16) if m <= 16 else 32
-    block_n = (128 if m > 16 else 64) if nvidia else 32
-    words = _block_words(k, group_size, most=16 if nvidia else 8)
-    programs = -(-n // block_n) * -(-m // block_m)
-    split = _split_k(programs, -(-k // (8 * words)), 3 * traits.multiprocessors, least=4)
-    warps = (8 if m > 16 else 4) if nvidia else 2
+    if traits.vendor == "amd":
+        block_m, block_n, most, wanted, warps = 16, 32, 8, 3.0, 2
+    else:
+        block_m, most, warps = 8 if m <= 8 else 16 if m <= 16 else 32, 16, 4
+        wide = -(-n // 128) * -(-m // block_m) >= 1.5 * traits.multiprocessors
+        block_n, wanted = (128, 1.5) if wide else (64, 1.9)
+    words = _block_words(k, group_size, most=most)
+    split = _split_k(-(-n // block_n) * -(-m // block_m), -(-k // (8 * words)), wanted * traits.multiprocessors, least=4)
     stages = _stages(block_m, block_n, words, k, group_size, traits, most=4)
-    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages)
+    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages, scale_sums=True)
 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
-    """Tiles for `fused_linear`, 32 rows and more: what counts is that unpacking hides behind the products. Untuned."""
+    """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows, while other programs multiply."""
     if m <= 32:
         return decode_tiles(m, n, k, group_size, traits)
-    words = 8
-    if traits.vendor == "nvidia":
-        # Two programs a multiprocessor: one unpacks while the other multiplies. 256 x 128 on Hopper, one program, would unpack
-        # half as often: it spills outside of the loop only, and waits for a measurement.
-        block_m, block_n = 64 if m <= 64 else 128, 128
-    else:
-        # Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
-        block_m, block_n = 128 if traits.warp_size == 64 and m > 64 else 64, 64
-    programs = -(-n // block_n) * -(-m // block_m)
-    split = _split_k(programs, -(-k // (8 * words)), traits.multiprocessors, least=8)
-    warps = 8 if block_m * block_n > 8192 or (traits.vendor == "amd" and traits.warp_size == 32) else 4
-    stages = _stages(block_m, block_n, words, k, group_size, traits, most=4)
-    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages)
+    if traits.wgmma and k % 128 == 0:
+        return _hopper_tiles(m, n, k, group_size, traits)
+    # Untuned. Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
+    nvidia = traits.vendor == "nvidia"
+    block_m = 128 if m > 64 and (nvidia or traits.warp_size == 64) else 64
+    block_n = 128 if nvidia else 64
+    split = _split_k(-(-n // block_n) * -(-m // block_m), -(-k // 64), traits.multiprocessors, least=8)
+    warps = 8 if block_m * block_n > 8192 or (not nvidia and traits.warp_size == 32) else 4
+    stages = _stages(block_m, block_n, 8, k, group_size, traits, most=4)
+    return DotTiles(block_m, block_n, 8, split, group_n=8, num_warps=warps, num_stages=stages)
+
+
+def _hopper_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+    """64 output features a program; 128 where that fills the GPU.
+
+    H100, as in `decode_tiles`, M = 64, 128, 256, 512: within 2 % of the best of up to 90.
+    """
+    block_m = 64 if m <= 64 else 128
+    if m > 64 and -(-n // 128) * -(-m // 128) >= 1.6 * traits.multiprocessors:
+        return DotTiles(128, 128, 8, 1, group_n=8, num_warps=8, num_stages=4)
+    programs = -(-n // 64) * -(-m // block_m)
+    split = _split_k(programs, k // 128, (1.9 if m <= 64 else 1.4) * traits.multiprocessors, least=4)
+    # Two programs a multiprocessor have room for long steps; where there are more, short ones let them run together.
+    long = m <= 64 or programs * split <= 2 * traits.multiprocessors
+    words = _block_words(k, group_size, most=16 if long else 8)
+    stages = _stages(block_m, 64, words, k, group_size, traits, most=3)
+    return DotTiles(block_m, 64, words, split, group_n=8, num_warps=4, num_stages=stages)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
@@ -111,7 +128,7 @@ def _block_words(k: int, group_size: int, *, most: int) -> int:
     return words
 
 
-def _split_k(programs: int, steps: int, wanted: int, *, least: int) -> int:
+def _split_k(programs: int, steps: int, wanted: float, *, least: int) -> int:
     """Parts of K so that `wanted` programs run, each with `least` steps or more; a power of two to bound compilations."""
     split = 1
     while programs * split < wanted and steps // (2 * split) >= least and split < 16:

@@ -20,8 +20,34 @@ from .tiles import DeviceTraits
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16)
 
-LOP3_FP16: tl.constexpr = tl.constexpr("lop3.b32 $0, $1, 0x000F000F, 0x64006400, 0xEA;")
-LOP3_BF16: tl.constexpr = tl.constexpr("lop3.b32 $0, $1, 0x000F000F, 0x43004300, 0xEA;")
+
+def _ptx(dtype: str, *, zeros: bool, scaled: bool) -> tl.constexpr:
+    """Two weights of a word, $1, at once: nibbles at the feet of mantissas whose exponent makes them bias + q.
+
+    lop3 masks and sets the exponent in one instruction (with two immediates ptxas takes two). Then, in 16 bits, bias + zero
+    point is subtracted, exactly, and the scale multiplied, rounding once; -0.0 is what a product adds to stay itself.
+    """
+    bias, one, minus = ("64006400", "3C003C00", "E408E408") if dtype == "f16" else ("43004300", "3F803F80", "C308C308")
+    steps = [
+        ".reg .b32 t, one, z;",
+        f"lop3.b32 t, $1, 0x000F000F, 0x{bias}, 0xEA;",
+        f"mov.b32 one, 0x{one};",
+        "mov.b32 z, $2;" if zeros else f"mov.b32 z, 0x{minus};",
+        f"fma.rn.{dtype}x2 {'t' if scaled else '$0'}, t, one, z;",
+    ]
+    if scaled:
+        steps += ["mov.b32 z, 0x80008000;", f"fma.rn.{dtype}x2 $0, t, ${3 if zeros else 2}, z;"]
+    return tl.constexpr("{ " + " ".join(steps) + " }")
+
+
+LESS8_FP16: tl.constexpr = _ptx("f16", zeros=False, scaled=False)
+LESS8_BF16: tl.constexpr = _ptx("bf16", zeros=False, scaled=False)
+LESS_ZERO_FP16: tl.constexpr = _ptx("f16", zeros=True, scaled=False)
+LESS_ZERO_BF16: tl.constexpr = _ptx("bf16", zeros=True, scaled=False)
+LESS8_SCALED_FP16: tl.constexpr = _ptx("f16", zeros=False, scaled=True)
+LESS8_SCALED_BF16: tl.constexpr = _ptx("bf16", zeros=False, scaled=True)
+LESS_ZERO_SCALED_FP16: tl.constexpr = _ptx("f16", zeros=True, scaled=True)
+LESS_ZERO_SCALED_BF16: tl.constexpr = _ptx("bf16", zeros=True, scaled=True)
 
 
 @triton.jit
@@ -62,9 +88,24 @@ def load_group(scales_ptr, zeros_ptr, g, rows, G, HAS_ZEROS: tl.constexpr):
 
 
 @triton.jit
+def twice(x):
+    """16-bit floats -> int32 that hold each twice."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
 def pair_constants(s, z, DTYPE: tl.constexpr, PACKED: tl.constexpr, HAS_ZEROS: tl.constexpr):
-    """What `weight_pairs` takes of a group: [R, 1] each, (scale, biased zero point) of DTYPE or (scale, offset) in fp32."""
-    if PACKED:
+    """What `weight_pairs` takes of a group: [R, 1] each, (scale, biased zero point).
+
+    PACKED 2: int32, each of DTYPE twice, the zero point negated (0 without zero points); 1: DTYPE; 0: scale and offset, fp32.
+    """
+    if PACKED == 2:
+        a, b = twice(s)[:, None], 0
+        if HAS_ZEROS:
+            # -(1024 + z) or -(128 + z): a small integer is the foot of the mantissa, here too
+            b = ((z.to(tl.int32) * 0x10001) | (-0x1BFF1C00 if DTYPE == tl.float16 else -0x3CFF3D00))[:, None]
+    elif PACKED == 1:
         bias: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
         a = s[:, None]
         if HAS_ZEROS:
@@ -82,47 +123,114 @@ def pair_constants(s, z, DTYPE: tl.constexpr, PACKED: tl.constexpr, HAS_ZEROS: t
 
 
 @triton.jit
-def weight_pairs(words, a, b, J: tl.constexpr, DTYPE: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr):
+def weight_pairs(
+    words, a, b, J: tl.constexpr, DTYPE: tl.constexpr, HAS_ZEROS: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr
+):
     """Quarter J of every block: words [R, W] -> the weight, DTYPE [R, 2 * W], rounded once from exactly (q - z) * s.
 
     PACKED: q - z is exact in 16 bits, so the product alone rounds. Else through fp32, where both steps are exact. The nibble
     goes to the foot of the 16-bit mantissa of a power of two, which makes bias + q without a conversion.
     """
-    if PACKED:
-        shifted = words >> (4 * J)
-        if PACKED == 2:
-            # One instruction for both; with two immediates ptxas makes it two.
-            MASK_OR: tl.constexpr = LOP3_FP16 if DTYPE == tl.float16 else LOP3_BF16
-            bits = tl.inline_asm_elementwise(MASK_OR, "=r,r", [shifted], dtype=tl.int32, is_pure=True, pack=1)
-        elif DTYPE == tl.float16:
-            bits = (shifted & 0x000F000F) | 0x64006400
+    shifted = words >> (4 * J)
+    if PACKED == 2:
+        if HAS_ZEROS:
+            ASM: tl.constexpr = LESS_ZERO_SCALED_FP16 if DTYPE == tl.float16 else LESS_ZERO_SCALED_BF16
+            bits = tl.inline_asm_elementwise(ASM, "=r,r,r,r", [shifted, b, a], dtype=tl.int32, is_pure=True, pack=1)
         else:
-            bits = (shifted & 0x000F000F) | 0x43004300
-        low = (bits.to(tl.int16).to(DTYPE, bitcast=True) - b) * a
-        high = ((bits >> 16).to(tl.int16).to(DTYPE, bitcast=True) - b) * a
+            ASM8: tl.constexpr = LESS8_SCALED_FP16 if DTYPE == tl.float16 else LESS8_SCALED_BF16
+            bits = tl.inline_asm_elementwise(ASM8, "=r,r,r", [shifted, a], dtype=tl.int32, is_pure=True, pack=1)
+        low, high = halves(bits, DTYPE)
+    elif PACKED == 1:
+        low, high = halves((shifted & 0x000F000F) | (0x64006400 if DTYPE == tl.float16 else 0x43004300), DTYPE)
+        low, high = (low - b) * a, (high - b) * a
     else:
-        bits = ((words >> (4 * J)) & 0x000F000F) | 0x43004300
+        bits = (shifted & 0x000F000F) | 0x43004300
         low = round_to((bits << 16).to(tl.float32, bitcast=True) * a + b, DTYPE, NATIVE, True)
         high = round_to(((bits >> 16) << 16).to(tl.float32, bitcast=True) * a + b, DTYPE, NATIVE, True)
     return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
 
 
 @triton.jit
-def weight_tile(words, a0, b0, a1, b1, DTYPE: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr):
+def halves(pairs, DTYPE: tl.constexpr):
+    """int32 -> the two 16-bit floats in each, the low one first."""
+    return pairs.to(tl.int16).to(DTYPE, bitcast=True), (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def weight_tile(
+    words,
+    a0,
+    b0,
+    a1,
+    b1,
+    DTYPE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    PACKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
     """words [R, W] -> the weight, DTYPE [R, 8 * W], columns in order.
 
     a0, b0 and a1, b1 are the constants of the first and the second half of every block of 64 columns.
     """
-    R: tl.constexpr = words.shape[0]
-    W: tl.constexpr = words.shape[1]
-    w0 = weight_pairs(words, a0, b0, 0, DTYPE, PACKED, NATIVE)
-    w1 = weight_pairs(words, a0, b0, 1, DTYPE, PACKED, NATIVE)
-    w2 = weight_pairs(words, a1, b1, 2, DTYPE, PACKED, NATIVE)
-    w3 = weight_pairs(words, a1, b1, 3, DTYPE, PACKED, NATIVE)
+    w0 = weight_pairs(words, a0, b0, 0, DTYPE, HAS_ZEROS, PACKED, NATIVE)
+    w1 = weight_pairs(words, a0, b0, 1, DTYPE, HAS_ZEROS, PACKED, NATIVE)
+    w2 = weight_pairs(words, a1, b1, 2, DTYPE, HAS_ZEROS, PACKED, NATIVE)
+    w3 = weight_pairs(words, a1, b1, 3, DTYPE, HAS_ZEROS, PACKED, NATIVE)
+    return _in_order(w0, w1, w2, w3)
+
+
+@triton.jit
+def _in_order(w0, w1, w2, w3):
+    """The four quarters of every block, [R, 2 * W] each -> [R, 8 * W], columns in order."""
+    R: tl.constexpr = w0.shape[0]
+    W: tl.constexpr = w0.shape[1] // 2
     # Column 16j + c of block s stands at [r, s, c, j]: moving j before c renames registers, it moves no data.
     joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     blocks = tl.reshape(joined, [R, W // 8, 16, 2, 2])
     return tl.reshape(tl.permute(blocks, [0, 1, 3, 4, 2]), [R, 8 * W])
+
+
+@triton.jit
+def integer_pairs(words, b, J: tl.constexpr, DTYPE: tl.constexpr, HAS_ZEROS: tl.constexpr, PTX: tl.constexpr):
+    """Quarter J of every block: words [R, W] -> q - z with PTX, else bias + q; exact, DTYPE [R, 2 * W].
+
+    b: with PTX [R, 1] as `pair_constants` gives it. The bias is that of `biased_zeros`.
+    """
+    if PTX:
+        if HAS_ZEROS:
+            ASM: tl.constexpr = LESS_ZERO_FP16 if DTYPE == tl.float16 else LESS_ZERO_BF16
+            bits = tl.inline_asm_elementwise(ASM, "=r,r,r", [words >> (4 * J), b], dtype=tl.int32, is_pure=True, pack=1)
+        else:
+            ASM8: tl.constexpr = LESS8_FP16 if DTYPE == tl.float16 else LESS8_BF16
+            bits = tl.inline_asm_elementwise(ASM8, "=r,r", [words >> (4 * J)], dtype=tl.int32, is_pure=True, pack=1)
+    elif DTYPE == tl.float16:
+        # At bits 4 to 7 of the mantissa, beside 64: a smaller bias cancels fewer digits.
+        bits = ((words << 4 if J == 0 else words >> (4 * J - 4)) & 0x00F000F0) | 0x54005400
+    else:
+        bits = ((words >> (4 * J)) & 0x000F000F) | 0x43004300
+    low, high = halves(bits, DTYPE)
+    return tl.reshape(tl.join(low, high), [words.shape[0], 2 * words.shape[1]])
+
+
+@triton.jit
+def integer_tile(words, b, DTYPE: tl.constexpr, HAS_ZEROS: tl.constexpr, PTX: tl.constexpr):
+    """words [R, W] -> what `integer_pairs` makes of them, DTYPE [R, 8 * W], columns in order."""
+    w0 = integer_pairs(words, b, 0, DTYPE, HAS_ZEROS, PTX)
+    w1 = integer_pairs(words, b, 1, DTYPE, HAS_ZEROS, PTX)
+    w2 = integer_pairs(words, b, 2, DTYPE, HAS_ZEROS, PTX)
+    w3 = integer_pairs(words, b, 3, DTYPE, HAS_ZEROS, PTX)
+    return _in_order(w0, w1, w2, w3)
+
+
+@triton.jit
+def biased_zeros(z, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """-(bias + zero point) of rows in every column, exact, DTYPE [R, COLUMNS]; z: [R] as `load_group` gives them."""
+    bias: tl.constexpr = 64.0 if DTYPE == tl.float16 else 128.0
+    if HAS_ZEROS:
+        zeros = tl.broadcast_to((-bias - z.to(tl.float32)).to(DTYPE)[:, None], [z.shape[0], COLUMNS])
+    else:
+        zeros = tl.full([z.shape[0], COLUMNS], -bias - 8.0, tl.float32).to(DTYPE)
+    return zeros
 
 
 @triton.jit
@@ -172,8 +280,8 @@ def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_
     groups = k // group_size
     if scales.dtype not in FLOAT_TYPES or scales.shape != (n, groups):
         raise ValueError(f"scales: expected bf16 or fp16 [{n}, {groups}], found {scales.dtype} {list(scales.shape)}")
-    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != (n, groups)):
-        raise ValueError(f"zeros: expected uint8 [{n}, {groups}] or None, found {zeros.dtype} {list(zeros.shape)}")
+    if zeros is not None and (zeros.dtype != torch.int16 or zeros.shape != (n, groups)):
+        raise ValueError(f"zeros: expected int16 [{n}, {groups}] or None, found {zeros.dtype} {list(zeros.shape)}")
     for name, tensor in (("packed", packed), ("scales", scales), ("zeros", zeros)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, found strides {tensor.stride()}")
