@@ -1,18 +1,23 @@
 """Every path against the best known times for the same product, on one GPU; resumable in calls of a few minutes.
 
-    python benchmarks/gpu_paths.py benchmarks/results/h200-paths.json [--quick] [--budget SECONDS] [--plot PLOT.png]
+    python benchmarks/gpu_paths.py OUT.json [--shapes 0:4] [--rows 1 16 512] [--peers marlin,machete] [--budget SECONDS]
 
 Shapes are the linears of three models, whole and cut for tensor parallel 2. Times are medians over interleaved replays of CUDA
 graphs that rotate over copies of the weight (a round reads three times the L2), on random data, in microseconds a call, the
-quantization of activations included. Adds what is missing to the file: {"environment", "records": [{"model", "n", "k", "m",
-"dtype", "group_size", "symmetric", "path", "time_us"}]}. Paths of ours: int4, fused, twin, stream, expand (M = 0), fp8-exact,
-fp8-row; peers: cublas, and those of `gpu_peers.py` that are installed.
+quantization of activations included. Each product is compared with one in fp32 first; what is wrong is named, left out, and
+makes the exit status 1. Adds what is missing to the file: {"environment", "records": [{"model", "n", "k", "m", "dtype",
+"group_size", "symmetric", "path", "time_us"}]}. Paths of ours: int4, fused, twin, stream, expand (M = 0), fp8-exact, fp8-row,
+and chosen, which is what the measured route takes where there is an exact twin; peers: cublas, and those of `gpu_peers.py`
+that are installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,19 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_peers import PEERS, available
+from gpu_peers import BF16_ONLY, PEERS, available
 from gpu_timing import copies_of, copy_bandwidth, matrix_rate, time_calls
 from torch import Tensor
 
+from twinweight.crossover import time_variants, twin_choice
+from twinweight.graphs import Graphs
 from twinweight.kernels import dense_linear, fp8, gpu, int4_path
 from twinweight.paths import Path as Route
 from twinweight.weight import Int4Weight
 
 ROWS = (1, 2, 4, 5, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
-QUICK_ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 GROUP = 128
 FEW = {"tinygemm": 64, "int4": 512}  # rows beyond which a path is out of the question
 MANY = {"stream": 128, "fp8-exact": 16, "fp8-row": 16}  # rows below which it is
+EXACT, EIGHT_BITS = 1e-2, 6e-2  # the most that a product may differ from one in fp32: ||y - ref|| / ||ref||
+COMPARED = 64  # rows at either end that are compared
 
 
 @dataclass(frozen=True)
@@ -44,22 +52,28 @@ class Shape:
     symmetric: bool
 
 
+LINEARS = {
+    "llama-3.1-8b": [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)],
+    "qwen3-32b": [(51200, 5120), (5120, 25600), (10240, 5120), (5120, 8192)],
+    "llama-3.3-70b": [(57344, 8192), (8192, 28672), (10240, 8192), (8192, 8192)],
+}
+ROW_PARALLEL = {(4096, 14336), (4096, 4096), (5120, 25600), (5120, 8192), (8192, 28672), (8192, 8192)}
+KINDS = ((torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, False), (torch.float16, True))
+
+
 def shapes() -> list[Shape]:
-    """What is measured, the most telling first."""
-    linears = {
-        "llama-3.1-8b": [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)],
-        "qwen3-32b": [(51200, 5120), (5120, 25600), (10240, 5120), (5120, 8192)],
-        "llama-3.3-70b": [(57344, 8192), (8192, 28672), (10240, 8192), (8192, 8192)],
-    }
-    row_parallel = {(4096, 14336), (4096, 4096), (5120, 25600), (5120, 8192), (8192, 28672), (8192, 8192)}
-    found = []
-    for dtype, symmetric in ((torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, False), (torch.float16, True)):
-        for tp in (1, 2):
-            for model, whole in linears.items():
-                for n, k in whole:
-                    cut = (n, k) if tp == 1 else (n, k // 2) if (n, k) in row_parallel else (n // 2, k)
-                    found.append(Shape(model if tp == 1 else f"{model} tp2", *cut, dtype, symmetric))
-    return found
+    """What can be measured: the models whole, other dtypes and zero points of the smallest, the rest."""
+
+    def of(model: str, dtype: torch.dtype, symmetric: bool, tp: int) -> list[Shape]:
+        cuts = [(n, k) if tp == 1 else (n, k // tp) if (n, k) in ROW_PARALLEL else (n // tp, k) for n, k in LINEARS[model]]
+        return [Shape(model if tp == 1 else f"{model} tp{tp}", n, k, dtype, symmetric) for n, k in cuts]
+
+    small, *large = LINEARS
+    found = [s for model in LINEARS for s in of(model, *KINDS[0], 1)]
+    found += [s for kind in KINDS[1:] for s in of(small, *kind, 1)]
+    found += [s for model in LINEARS for s in of(model, *KINDS[0], 2)]
+    found += [s for kind in KINDS[1:] for model in large for s in of(model, *kind, 1)]
+    return found + [s for kind in KINDS[1:] for model in LINEARS for s in of(model, *kind, 2)]
 
 
 def random_weight(s: Shape, seed: int) -> Int4Weight:
@@ -102,6 +116,28 @@ def wanted(path: str, m: int) -> bool:
     return MANY.get(path, 0) <= m <= FEW.get(path, 1 << 30)
 
 
+def chosen_by_route(s: Shape, products: dict[str, list[Callable[[Tensor], object]]]) -> Callable[[int], str]:
+    """M -> the path of ours that a server with an exact twin takes: the route of a start-up's measurement, here and now."""
+    named = {"int4": "int4", "fused": "fused", twin_choice(s.dtype): "twin"}
+    turns = {choice: itertools.cycle(products[path]) for choice, path in named.items()}
+    ways = {choice: lambda x, turn=turn: next(turn)(x) for choice, turn in turns.items()}
+    graphs = Graphs()
+    measured = time_variants(ways, s.k, s.n, s.dtype, torch.device("cuda"), wrap=lambda run: graphs.capture(run).replay)
+    pieces = measured.pieces(tuple(named))
+    return lambda m: named[next(choice for start, choice in reversed(pieces) if start <= m)]
+
+
+def errors(variants: dict[str, list[Callable[[], Any]]], x: Tensor, dense: Tensor) -> dict[str, float]:
+    """How far each product is from one in fp32, by its first and last rows."""
+    ends = [*range(min(COMPARED, len(x))), *range(max(COMPARED, len(x) - COMPARED), len(x))]
+    truth = x[ends].float() @ dense.float().t()
+    return {path: float((calls[0]()[ends].float() - truth).norm() / truth.norm()) for path, calls in variants.items()}
+
+
+WRONG: list[str] = []
+"""Paths that computed something else."""
+
+
 def measure(
     s: Shape, rows: tuple[int, ...], peers: list[str], done: set[tuple[Any, ...]], over: Callable[[], bool]
 ) -> list[Any]:
@@ -112,6 +148,8 @@ def measure(
     if not todo:
         return records
     products = linears(s, peers)
+    choose = chosen_by_route(s, products)
+    dense = random_weight(s, 0).dequantize()
     if (*base.values(), 0) not in done:
         weights = [gpu.prepare(random_weight(s, seed)) for seed in range(copies_of(s.n * s.k // 2))]
         out = torch.empty(s.n, s.k, dtype=s.dtype, device="cuda")
@@ -122,6 +160,13 @@ def measure(
             break
         x = torch.randn(m, s.k, device="cuda").to(s.dtype)
         variants = {name: [lambda f=f, x=x: f(x) for f in calls] for name, calls in products.items() if wanted(name, m)}
+        for path, error in errors(variants, x, dense).items():
+            if not error < (EIGHT_BITS if path.startswith("fp8") else EXACT):
+                print(f"WRONG: {path}, {s}, M={m}: {error:.3g}", flush=True)
+                WRONG.append(path)
+                del variants[path]
+        if choose(m) in variants:
+            variants["chosen"] = variants[choose(m)]
         times = time_calls(variants, max(1, min(16, 2048 // m)), rounds=5 if m <= 2048 else 3)
         records += [{**base, "m": m, "path": path, "time_us": round(us, 3)} for path, us in times.items()]
         best = min(times, key=times.__getitem__)
@@ -132,82 +177,37 @@ def measure(
     return records
 
 
-def take_tiles(records: list[dict[str, Any]]) -> None:
-    """Make the fastest measured tiles those that are chosen, at measured shapes and numbers of rows."""
-    from twinweight.kernels import decode, fused
-    from twinweight.kernels.tiles import DotTiles, decode_tiles, fused_tiles
-
-    best: dict[tuple[int, int, int], tuple[float, DotTiles]] = {}
-    for r in records:
-        at = (r["m"], r["n"], r["k"])
-        if r["m"] and r["time_us"] < best.get(at, (1e30,))[0]:
-            best[at] = (r["time_us"], DotTiles(**r["tiles"]))
-
-    def taken(choose: Callable[..., DotTiles]) -> Callable[..., DotTiles]:
-        return lambda m, n, k, *rest: best[m, n, k][1] if (m, n, k) in best else choose(m, n, k, *rest)
-
-    decode.decode_tiles, fused.fused_tiles = taken(decode_tiles), taken(fused_tiles)
-
-
-def plot(result: dict[str, Any], out: Path) -> None:
-    """TFLOP/s over M of each path, one panel a shape of the first model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = [
-        r for r in result["records"] if r["m"] and r["model"] == "llama-3.1-8b" and r["dtype"] == "bfloat16" and r["symmetric"]
-    ]
-    panels = sorted({(r["n"], r["k"]) for r in records}, reverse=True)
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4.5), squeeze=False)
-    for (n, k), ax in zip(panels, axes[0], strict=False):
-        for path in sorted({r["path"] for r in records}):
-            points = sorted(
-                (r["m"], 2 * r["m"] * n * k / r["time_us"] / 1e6)
-                for r in records
-                if (r["n"], r["k"], r["path"]) == (n, k, path)
-            )
-            ax.plot(*zip(*points, strict=True), marker=".", label=path) if points else None
-        ax.set(xscale="log", yscale="log", title=f"{n} x {k}", xlabel="rows M", ylabel="TFLOP/s")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("out", type=Path)
-    p.add_argument("--quick", action="store_true", help="the whole linears of the smallest model in bf16, fewer M")
+    p.add_argument("--shapes", default="0:12", help="a range of `shapes()`: 0:4 llama-3.1-8b, 0:12 all three models")
+    p.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    p.add_argument("--peers", default=",".join(PEERS), help="names of `gpu_peers.py`, with commas")
     p.add_argument("--budget", type=float, default=540.0, help="seconds after which no further size is begun")
-    p.add_argument("--plot", type=Path)
-    p.add_argument("--tiles", type=Path, help="what gpu_tiles.py wrote: its fastest tiles in place of the chosen ones")
     a = p.parse_args()
     begun = time.monotonic()
-    if a.tiles:
-        take_tiles(json.loads(a.tiles.read_text())["records"])
     result: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {"environment": {}, "records": []}
     done = {tuple(r[f] for f in ("model", "n", "k", "dtype", "group_size", "symmetric", "m")) for r in result["records"]}
     first = Shape("probe", 4096, 4096, torch.bfloat16, True)
-    peers, reasons = available(random_weight(first, 0), first.dtype, list(PEERS))
+    peers, reasons = available(random_weight(first, 0), first.dtype, [name for name in a.peers.split(",") if name])
     for name, reason in reasons.items():
         print(f"without {name}: {reason}")
     result["environment"] |= {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": __import__("triton").__version__,
         "date": time.strftime("%Y-%m-%d"), "copy_bytes_s": round(copy_bandwidth()), "bf16_flop_s": round(matrix_rate()),
-        "peers": peers, "missing": reasons, "command": "python benchmarks/gpu_paths.py benchmarks/results/h200-paths.json",
     }  # fmt: skip
+    result["environment"].setdefault("commands", []).append(shlex.join(["python", *sys.argv]))
     print(f"{len(peers)} peers after {time.monotonic() - begun:.0f} s: {result['environment']}", flush=True)
-    for s in shapes()[:4] if a.quick else shapes():
+    low, high = map(int, a.shapes.split(":"))
+    for s in shapes()[low:high]:
         if time.monotonic() - begun > a.budget:
             break
-        usable = [n for n in peers if n != "tinygemm" or s.dtype == torch.bfloat16]
-        found = measure(s, QUICK_ROWS if a.quick else ROWS, usable, done, lambda: time.monotonic() - begun > a.budget)
+        usable = [n for n in peers if n not in BF16_ONLY or s.dtype == torch.bfloat16]
+        found = measure(s, tuple(a.rows), usable, done, lambda: time.monotonic() - begun > a.budget)
         result["records"] += found
         a.out.write_text(json.dumps(result, indent=0) + "\n")
         torch.cuda.empty_cache()
-    if a.plot:
-        plot(result, a.plot)
+    sys.exit(bool(WRONG))
 
 
 if __name__ == "__main__":

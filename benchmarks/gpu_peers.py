@@ -1,4 +1,5 @@
-"""The int4 products of others, for `gpu_paths.py`: ATen's, and vLLM's Marlin, Machete and humming where vLLM is installed.
+"""The int4 products of others, for `gpu_paths.py`: ATen's, GemLite's, and vLLM's Marlin, Machete and humming, each where its
+library is installed.
 
 Each function takes an `Int4Weight` on the GPU (plain column order, no act-order) and returns x -> y, or raises what it meets;
 `available` catches that and says which peer is missing, and why.
@@ -6,7 +7,11 @@ Each function takes an `Int4Weight` on the GPU (plain column order, no act-order
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor
 from twinweight.weight import Int4Weight, pack_nibbles
 
 Linear = Callable[[Tensor], Tensor]
+BF16_ONLY = ("tinygemm",)
 
 
 def tinygemm(w: Int4Weight, dtype: torch.dtype) -> Linear:
@@ -95,11 +101,59 @@ def humming(w: Int4Weight, dtype: torch.dtype) -> Linear:
     return lambda x: HummingMethod.forward_layer(layer=layer, inputs=x, compute_config=layer.compute_config)
 
 
+def gemlite(w: Int4Weight, dtype: torch.dtype) -> Linear:
+    """GemLite 0.6.0.post2, `GemLiteLinear` (Triton), with the kernel that it chooses for the number of rows.
+
+    Tiles are those it ships for the H100, and where it ships none (2 to 4 rows, 64 rows, shapes of other models) those that its
+    own "fast" tuning finds at the first call. Rounding of asymmetric weights is its own: q * s + (-z * s) in `dtype`.
+    """
+    library = _gemlite()
+    n, k = w.shape
+    kind = {torch.float16: library.DType.FP16, torch.bfloat16: library.DType.BF16}[dtype]
+    layer = library.GemLiteLinear(
+        4, group_size=w.group_size, in_features=k, out_features=n, input_dtype=kind, output_dtype=kind
+    )
+    zeros = 8 if w.zeros is None else w.zeros.to(dtype)  # it computes (q - z) * s
+    layer.pack(w.values(), w.scales.to(dtype), zeros)
+    return lambda x: layer(x)
+
+
+@functools.cache
+def _gemlite() -> Any:
+    """The library, made ready once: it has no tiles under the H200's name, so take the H100's."""
+    import gemlite
+    from gemlite.core import GEMLITE_TRITON_KERNELS
+
+    gemlite.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
+    for kind in GEMLITE_TRITON_KERNELS:
+        for tuner in kind.kernel:
+            _compile_together(tuner)
+    return gemlite
+
+
+def _compile_together(tuner: Any) -> None:
+    """Let a Triton autotuner (3.6) compile its candidates on all cores before it times them one by one."""
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    prune = tuner.prune_configs
+
+    def pruned(kwargs: dict[str, Any]) -> list[Any]:
+        configs: list[Any] = prune(kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "warmup"}
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for config in configs:
+                tuner.fn.warmup(*tuner.nargs.values(), **rest, **config.all_kwargs())
+        return configs
+
+    tuner.prune_configs = pruned
+
+
 PEERS: dict[str, Callable[[Int4Weight, torch.dtype], Linear]] = {
     "tinygemm": tinygemm,
     "marlin": marlin,
     "machete": machete,
     "humming": humming,
+    "gemlite": gemlite,
 }
 
 
