@@ -24,7 +24,7 @@ GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "gpu": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192),
 }
-"""Rows that are timed for every shape. Between two of them a takeover is searched for. On GPUs kernels multiply 8 rows at a time."""
+"""Rows that are timed for every shape; between two of them a takeover is searched for. GPUs multiply 8 rows at a time at least."""
 
 CPU_ELEMENTS = 8 << 20
 """On the CPU a slice of rows with about so many weights stands for the weight: time per row does not depend on N there. With
