@@ -120,7 +120,8 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=1024)
     p.add_argument("--layers", type=int, default=4)
     a = p.parse_args()
-    result: dict[str, Any] = {"command": f"python benchmarks/plan_quarter.py OUT.json --repeats {a.repeats}", "models": {}}
+    command = f"python benchmarks/plan_quarter.py OUT.json --repeats {a.repeats} --tokens {a.tokens}"
+    result: dict[str, Any] = {"command": command, "models": {}}
     with tempfile.TemporaryDirectory() as tmp:
         synth.write(presets.preset("llama-3.2-1b", a.layers), Path(tmp) / "model")
         for name in ("shapes", "shapes-and-kinds"):

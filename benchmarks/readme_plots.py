@@ -22,14 +22,15 @@ _KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
 
 
 def paths(directory: Path) -> Path:
-    """Time of one weight by path against rows, on an H200."""
-    found = _read("h200-paths.json")
+    """Time of one weight by path against rows, on an H100."""
+    found = _read("h100-paths.json")
     times: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for r in found["records"]:
-        if (r["n"], r["k"]) == (_N, _K) and r["m"] and r["path"] in (*_OURS, *_PEERS):
+        one = (r["n"], r["k"], r["dtype"], r["symmetric"]) == (_N, _K, "bfloat16", True)
+        if one and r["m"] and r["path"] in (*_OURS, *_PEERS):
             times[_OURS.get(r["path"], r["path"])].append((r["m"], r["time_us"]))
     ranked = {name: sorted(times[name]) for name in (*_OURS.values(), *_PEERS) if name in times}
-    title = f"{_N} x {_K} (MLP of Llama-3.1-8B) on one {found['environment']['gpu'].removeprefix('NVIDIA ')}"
+    title = f"{_N} x {_K} (MLP of Llama-3.1-8B) on one {found['environment']['gpu'].split()[1]}"
     panel = canvas.Panel(title, "", partial(tune.draw_times, ranked), 3.7)
     return _save([panel], directory / "paths.svg")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -24,7 +25,7 @@ GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
     "gpu": (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192),
 }
-"""Rows that are timed for every shape; between two of them a takeover is searched for. GPUs multiply 8 rows at a time at least."""
+"""Rows that are timed for every shape; between two of them a takeover is searched for. A GPU takes 8 rows or more at once."""
 
 CPU_ELEMENTS = 8 << 20
 """On the CPU a slice of rows with about so many weights stands for the weight: time per row does not depend on N there. With
@@ -35,6 +36,7 @@ _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a ti
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 8, 64, 512, 8192 on a GPU
+_AT_REST = 0.1  # seconds of work after which a GPU runs at its clock
 _ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
 
 
@@ -152,6 +154,8 @@ def time_variants(
     wrap: turns the calls of one sample into what is timed, such as the replay of a graph. seconds: so long after the first
     size no further one is begun, beyond the coarsest grid that serves: some kernels are compiled for each size.
     """
+    if device.type == "cuda":
+        _bring_to_speed(device)
     found: dict[int, dict[str, Timing]] = {}
     started = math.inf
     for m in _coarse_first(grid(device)):
@@ -169,6 +173,16 @@ def time_variants(
             others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
             found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
     return _joined(found, n)
+
+
+@functools.cache
+def _bring_to_speed(device: torch.device) -> None:
+    """Let a GPU at rest reach its clock (345 -> 1980 MHz on an H200), once: a first shape's times were off by up to a fifth."""
+    x = torch.randn(4096, 4096, device=device).bfloat16()
+    started = time.perf_counter()
+    while time.perf_counter() - started < _AT_REST:
+        x @ x
+        torch.cuda.synchronize(device)
 
 
 def _coarse_first(sizes: Sequence[int]) -> list[int]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from twinweight import report
 from twinweight.cli import app
+from twinweight.engines.vllm import arm as serving
 from twinweight.engines.vllm import bench as served
 from twinweight.engines.vllm.arm import Workload
 from twinweight.errors import ConfigError, TwinweightError
@@ -96,3 +97,10 @@ def test_off_is_no_arm_against_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="expected soft or hard"):
         served.bench(Path(), Workload(((8, 1),)), mode="off")
+
+
+def test_twins_without_an_installed_plugin_are_refused_before_a_server_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "entry_points", lambda **_: ())
+    job = serving.Job({"model": "m", "additional_config": {"twinweight": {"mode": "soft"}}}, Workload(((8, 1),)))
+    with pytest.raises(TwinweightError, match="install twinweight"):
+        serving.run(job)

@@ -12,10 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from twinweight.engines.vllm.config import resolve
+from twinweight.errors import TwinweightError
+
+PLUGIN = {"group": "vllm.general_plugins", "name": "twinweight"}
+"""What vLLM looks for when it starts."""
 
 _WARM = 8  # requests of a warm-up: their chunks are as large as those of more
 _MOST = 9  # repeats of a short point
@@ -52,8 +57,12 @@ def run(
 
     Returns {"startup_s", "kv_tokens", "inner_kernel", "twinweight" (the plugin's report, or None), "points": [{"prompt_tokens",
     "concurrency", "ttft_s", "tpot_s"}]}; the times are lists: for each repeat, the median over its requests. `done` is given
-    what there is after every point.
+    what there is after every point. Raises TwinweightError where twins are asked for and the plugin is not installed.
     """
+    if resolve(job.llm.get("additional_config", {}), os.environ).mode != "off" and not entry_points(**PLUGIN):
+        raise TwinweightError(
+            "vLLM would not find the plugin: install twinweight (pip install .), its source alone is not enough"
+        )
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no transfer between processes in the times
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `inner_kernel` travels to the workers
     import vllm
