@@ -177,6 +177,19 @@ def measure(
     return records
 
 
+def plot(result: dict[str, Any], out: Path) -> None:
+    """Time against rows by path, a panel a shape of symmetric bf16 weights."""
+    from readme_plots import path_panel
+
+    from twinweight.plots import canvas
+
+    records = [r for r in result["records"] if r["dtype"] == "bfloat16" and r["symmetric"]]
+    kinds = dict.fromkeys((r["model"], r["n"], r["k"]) for r in records)
+    gpu = result["environment"]["gpu"]
+    panels = [path_panel([r for r in records if r["model"] == model], n, k, model, gpu) for model, n, k in kinds]
+    canvas.save(panels, out, None)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("out", type=Path)
@@ -184,6 +197,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, nargs="+", default=ROWS)
     p.add_argument("--peers", default=",".join(PEERS), help="names of `gpu_peers.py`, with commas")
     p.add_argument("--budget", type=float, default=540.0, help="seconds after which no further size is begun")
+    p.add_argument("--plot", type=Path, help="write a plot here: time against rows by path, a panel a shape of bf16 weights")
     a = p.parse_args()
     begun = time.monotonic()
     result: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {"environment": {}, "records": []}
@@ -207,6 +221,8 @@ def main() -> None:
         result["records"] += found
         a.out.write_text(json.dumps(result, indent=0) + "\n")
         torch.cuda.empty_cache()
+    if a.plot:
+        plot(result, a.plot)
     sys.exit(bool(WRONG))
 
 

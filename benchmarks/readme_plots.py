@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,18 @@ _KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
 def paths(directory: Path) -> Path:
     """Time of one weight by path against rows, on an H100."""
     found = _read("h100-paths.json")
+    records = [r for r in found["records"] if r["dtype"] == "bfloat16" and r["symmetric"]]
+    return _save([path_panel(records, _N, _K, "MLP of Llama-3.1-8B", found["environment"]["gpu"])], directory / "paths.svg")
+
+
+def path_panel(records: Sequence[dict[str, Any]], n: int, k: int, what: str, gpu: str) -> canvas.Panel:
+    """Time against rows by path, of the records of one shape."""
     times: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for r in found["records"]:
-        one = (r["n"], r["k"], r["dtype"], r["symmetric"]) == (_N, _K, "bfloat16", True)
-        if one and r["m"] and r["path"] in (*_OURS, *_PEERS):
+    for r in records:
+        if (r["n"], r["k"]) == (n, k) and r["m"] and r["path"] in (*_OURS, *_PEERS):
             times[_OURS.get(r["path"], r["path"])].append((r["m"], r["time_us"]))
     ranked = {name: sorted(times[name]) for name in (*_OURS.values(), *_PEERS) if name in times}
-    title = f"{_N} x {_K} (MLP of Llama-3.1-8B) on one {found['environment']['gpu'].split()[1]}"
-    panel = canvas.Panel(title, "", partial(tune.draw_times, ranked), 3.7)
-    return _save([panel], directory / "paths.svg")
+    return canvas.Panel(f"{n} x {k} ({what}) on one {gpu.split()[1]}", "", partial(tune.draw_times, ranked), 3.7)
 
 
 def vllm(directory: Path) -> Path:
