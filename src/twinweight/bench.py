@@ -4,6 +4,7 @@ left.
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from twinweight.twins import forced, int4_linears, state_of, twin_bytes, twins_i
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LEAST = 3  # repeats
 _TIMES = ("ttft_ms", "prefill_tok_s", "tpot_ms", "e2e_ms")
 
 
@@ -77,17 +79,23 @@ def bench(
     *,
     repeats: int = 5,
     warmup: int = 1,
+    seconds: float = math.inf,
     dense: bool = False,
     step: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run off, on, off, on, ... and compare. Each repeat has a prompt of its own, which its arms share.
 
-    dense: a third arm sends decode to the twins too, which is what serving the dense weights does.
+    seconds: after so long no further repeat is begun, beyond the three that a median takes. dense: a third arm sends decode to
+    the twins too, which is what serving the dense weights does.
     Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off / on)
     and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd ones.
     """
     arms = {"off": _Arm(), "on": _Arm()} | ({"dense": _Arm()} if dense else {})
+    began, done = time.perf_counter(), 0
     for repeat in range(-warmup, repeats):
+        if repeat >= _LEAST and time.perf_counter() - began > seconds:
+            break
+        done = max(0, repeat + 1)
         inputs = make_inputs(model, work, seed=repeat)
         for name, arm in arms.items():
             with twins_in_use(model, name != "off"), forced(model, Path.TWIN) if name == "dense" else nullcontext():
@@ -95,15 +103,15 @@ def bench(
             if repeat >= 0:
                 arm.add(start, at)
             if step is not None:
-                step(f"{name} {max(0, repeat + 1)}/{repeats}")
+                step(f"{name} {done}/{repeats}")
     prompt = int(inputs["input_ids"].numel())
     return {
         "arms": {name: _summary(model, arm, prompt, on=name != "off") for name, arm in arms.items()},
         "ratios": _ratios(arms["off"], arms["on"]),
-        "noise": _ratios(_half(arms["off"], 0), _half(arms["off"], 1)) if repeats > 1 else None,
+        "noise": _ratios(_half(arms["off"], 0), _half(arms["off"], 1)) if done > 1 else None,
         "workload": {
             "prompt_tokens": prompt // work.batch, "output_tokens": work.output_tokens, "batch": work.batch, "image":
-            work.image, "repeats": repeats,
+            work.image, "repeats": done,
         },
         "routes": routes(model),
         "environment": environment(model),
