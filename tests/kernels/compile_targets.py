@@ -35,7 +35,7 @@ TARGETS = {
     "gfx1151": (GPUTarget("hip", "gfx1151", 32), tiles.DeviceTraits("amd", 32, 40, 65536, False)),
     "gfx1201": (GPUTarget("hip", "gfx1201", 32), tiles.DeviceTraits("amd", 32, 64, 65536, False)),
 }
-N = 4096
+N, WIDE = 4096, 28672
 SHAPES = {"g128": (4096, 128), "g32-ragged": (4128, 32), "channel-ragged": (4099, 4099)}
 """K and group size. Ragged: K does not fill the tiles, no stride is a multiple of 16, K is split, columns are permuted."""
 ALIGNED = {"N", "K", "W", "G", "rows", "first_row", "stride_x", "stride_out"}
@@ -56,12 +56,14 @@ def variants(
     common |= {"zeros_ptr": None} if symmetric else {}
     made: dict[str, tuple[Any, Constants, dict[str, int]]] = {}
 
-    for name, m, choose in (
-        ("int4", 1, tiles.decode_tiles),
-        ("int4-16", 16, tiles.decode_tiles),
-        ("fused", 512, tiles.fused_tiles),
+    wide = [("fused-wide", 512, WIDE, tiles.fused_tiles)] if traits.wgmma and not ragged else []
+    for name, m, n, choose in (
+        ("int4", 1, N, tiles.decode_tiles),
+        ("int4-16", 16, N, tiles.decode_tiles),
+        ("fused", 512, N, tiles.fused_tiles),
+        *wide,
     ):
-        t = choose(m, N, k, group_size, traits)
+        t = choose(m, n, k, group_size, traits)
         made[name] = (
             fused._dot_kernel,
             common | dot_constants(t, common, traits, bias=not ragged, even=not ragged) | ({"SPLIT_K": 2} if ragged else {}),
@@ -140,12 +142,26 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
     return {
         "matrix": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "loose": _loose(ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
         "load16": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx)),
         "trap": len(re.findall(r"^\s+trap;", ptx, re.M)),
         "registers": int(registers),
         "spills": int(stack),
     }
+
+
+def _loose(ptx: str) -> int:
+    """Copies into shared memory after a wait for products and before a barrier: of other warps, which may not be done."""
+    found, waited = 0, False
+    for line in ptx.splitlines():
+        if "wgmma.wait_group" in line:
+            waited = True
+        elif re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", line):
+            waited = False
+        elif waited and re.search(r"cp\.async\.c[ag]", line):
+            found += 1
+    return found
 
 
 def main(arguments: list[str]) -> None:

@@ -44,7 +44,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Row]]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(target: str, compiled: dict[str, list[Row]]) -> None:
     rows = compiled[target]
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} - {"fused-wide"} == KERNELS
     assert len({row["shape"] for row in rows}) == 2
     assert {row["dtype"] for row in rows} == {"bf16", "fp16"}
     assert {row["symmetric"] for row in rows} == {True, False}
@@ -63,8 +63,12 @@ def test_products_use_matrix_instructions(target: str, compiled: dict[str, list[
 
 
 def test_no_product_runs_on_into_the_next_step(compiled: dict[str, list[Row]]) -> None:
-    """On Hopper they read the weight from registers, which the next step writes: see `fused.py`."""
+    """On Hopper they read the weight from registers, which the next step writes, and x from memory that the next copy writes,
+    perhaps for warps that wait for themselves alone: see `fused.py`. (With ragged rows no x is copied so: what is, is words.)
+    """
+    assert any(row["kernel"] == "fused-wide" for row in compiled["sm_90"])
     assert all(row["running"] == 0 for row in compiled["sm_90"])
+    assert all(row["loose"] == 0 for row in compiled["sm_90"] if row["shape"] == "g128")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -151,8 +151,9 @@ def _dot_kernel(
                 w = weight_tile(words, a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, NATIVE)
                 acc = tl.dot(w, tl.trans(x), acc)
         if SETTLE:
-            # Products on Hopper go on beside what follows, and read the weight from registers meanwhile. Triton 3.6 and ptxas
-            # let the next turn write into these (seen on an H100: sums of garbage at 128 x 128). A use of the sums waits.
+            # Products on Hopper go on beside what follows, and read the weight from registers meanwhile, into which the next
+            # turn writes (seen in machine code of Triton 3.6, and on an H100 sums of garbage at 128 x 128 with 8 warps, for
+            # which triton-lang/triton#11047 has another cause). A use of the sums waits, and the copies' barrier follows.
             acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1)
 
     inside = (offs_n < N)[:, None] & (offs_m < M)[None, :]
