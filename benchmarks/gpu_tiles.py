@@ -37,18 +37,18 @@ def candidates(m: int) -> list[DotTiles]:
     """What may be good for m rows; of what was slower than these everywhere on an H100 nothing is left."""
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        grid = itertools.product([(64, 4), (128, 4), (128, 8)], [(4, 1), (3, 2)], [1, 2, 4, 8])
-        return [DotTiles(block_m, n, 16, split, 8, warps, stages, unroll, True) for (n, warps), (stages, unroll), split in grid]
+        grid = itertools.product([(64, 4), (128, 4), (128, 8)], [3, 4], [1, 2, 4, 8])
+        return [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
     blocks = {
         64: [(64, 64, 4), (64, 128, 8), (64, 128, 4), (32, 128, 4)],
         128: [(128, 128, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (128, 256, 8)],
     }
     found = []
     for tile in blocks.get(m, [(256, 128, 8), (128, 128, 8), (128, 256, 8), (128, 64, 4), (256, 64, 4)]):
-        for words, stages, unroll in [(8, 3, 1), (8, 4, 1), (8, 4, 2), (16, 2, 1), (16, 3, 1), (16, 4, 1)]:
+        for words, stages in [(8, 3), (8, 4), (16, 2), (16, 3), (16, 4)]:
             for split in {512: [1, 2], 1024: [1]}.get(m, [1, 2, 4]):
-                if stages * unroll * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
-                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages, unroll))
+                if stages * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
+                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
     return found
 
 

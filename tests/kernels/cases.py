@@ -58,7 +58,6 @@ LINEAR_TILES = {
     "dot": DOT,
     "dot-narrow": replace(DOT, block_m=16, group_n=2),
     "dot-split": replace(DOT, split_k=3),
-    "dot-unrolled": replace(DOT, unroll=2),
     "dot-sums": replace(DOT, split_k=2, scale_sums=True),
 }
 WIDE_TILES = {"dot-wide": replace(DOT, block_words=16), "dot-wide-split": replace(DOT, block_words=32, split_k=2)}

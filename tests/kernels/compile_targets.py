@@ -77,10 +77,10 @@ def variants(
 
 def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTraits, *, bias: bool, even: bool) -> Constants:
     """The constants of `_dot_kernel` that follow from tiles, from the shape and from the GPU."""
-    sums, settle = fused.ways(t, common["GROUP"], common["PACKED"], traits)
+    sums, settle = fused.kernel_flags(t, common["GROUP"], common["PACKED"], traits)
     return {
         "HAS_BIAS": bias, "EVEN_K": even, "EVEN_W": even, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_W": t.block_words,
-        "SPLIT_K": t.split_k, "UNROLL": t.unroll, "GROUP_N": t.group_n, "SCALE_SUMS": sums, "SETTLE": settle,
+        "SPLIT_K": t.split_k, "GROUP_N": t.group_n, "SCALE_SUMS": sums, "SETTLE": settle,
         **({} if bias else {"bias_ptr": None}),
     }  # fmt: skip
 
@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> None:
                     facts = _amd(amd) if amd is not None else _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
                     row = {"target": name, "kernel": kernel, "shape": shape, "dtype": dtype, "symmetric": symmetric, **facts}
                     if amd is not None:
-                        tile = constants["BLOCK_N"] * constants["BLOCK_W"] * 8 * constants.get("UNROLL", 1)
+                        tile = constants["BLOCK_N"] * constants["BLOCK_W"] * 8
                         lanes = target.warp_size * options["num_warps"]
                         row["per_weight"] = round(facts["loop_vector"] * lanes / tile, 2)
                     row |= {"shared": compiled.metadata.shared, "seconds": round(time.perf_counter() - start, 2)}

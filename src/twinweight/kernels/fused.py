@@ -80,7 +80,6 @@ def _dot_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    UNROLL: tl.constexpr,
     GROUP_N: tl.constexpr,
     SCALE_SUMS: tl.constexpr,
     SETTLE: tl.constexpr,
@@ -121,35 +120,33 @@ def _dot_kernel(
     if GROUP == 0:
         s0, z0 = load_group(scales_ptr, zeros_ptr, 0, rows_n, G, HAS_ZEROS)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for turn in range(first, last, UNROLL):
-        for part in tl.static_range(UNROLL):
-            step = turn + part
-            if GROUP != 0:
-                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
-            a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
-            a1, b1 = a0, b0
-            if HALVES:
-                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
-                a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
-            word_ptrs, x_ptrs = packed_ptr + step * (16 * BLOCK_W) + weight_offs, x_ptr + step * BLOCK_K + x_offs
-            if EVEN_W:
-                words = tl.load(word_ptrs)
+    for step in range(first, last):
+        if GROUP != 0:
+            s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+        a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
+        a1, b1 = a0, b0
+        if HALVES:
+            s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+            a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
+        word_ptrs, x_ptrs = packed_ptr + step * (16 * BLOCK_W) + weight_offs, x_ptr + step * BLOCK_K + x_offs
+        if EVEN_W:
+            words = tl.load(word_ptrs)
+        else:
+            words = tl.load(word_ptrs, mask=(step * BLOCK_W + offs_w)[None, :] < W, other=0)
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=inside_m, other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=inside_m & (step * BLOCK_K + offs_k < K)[None, :], other=0.0)
+        if SCALE_SUMS:
+            if PACKED == 2:
+                sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, True), tl.trans(x))
             else:
-                words = tl.load(word_ptrs, mask=(step * BLOCK_W + offs_w)[None, :] < W, other=0)
-            if EVEN_K:
-                x = tl.load(x_ptrs, mask=inside_m, other=0.0)
-            else:
-                x = tl.load(x_ptrs, mask=inside_m & (step * BLOCK_K + offs_k < K)[None, :], other=0.0)
-            if SCALE_SUMS:
-                if PACKED == 2:
-                    sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, True), tl.trans(x))
-                else:
-                    sums = tl.dot(biased_zeros(z0, BLOCK_K, dtype, HAS_ZEROS), tl.trans(x))
-                    sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, False), tl.trans(x), sums)
-                acc += sums * s0.to(tl.float32)[:, None]
-            else:
-                w = weight_tile(words, a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, NATIVE)
-                acc = tl.dot(w, tl.trans(x), acc)
+                sums = tl.dot(biased_zeros(z0, BLOCK_K, dtype, HAS_ZEROS), tl.trans(x))
+                sums = tl.dot(integer_tile(words, b0, dtype, HAS_ZEROS, False), tl.trans(x), sums)
+            acc += sums * s0.to(tl.float32)[:, None]
+        else:
+            w = weight_tile(words, a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, NATIVE)
+            acc = tl.dot(w, tl.trans(x), acc)
         if SETTLE:
             # Products on Hopper go on beside what follows, and read the weight from registers meanwhile, into which the next
             # turn writes (seen in machine code of Triton 3.6, and on an H100 sums of garbage at 128 x 128 with 8 warps, for
@@ -224,7 +221,7 @@ def launch(
     return out
 
 
-def ways(t: DotTiles, group: int, packed_as: int, traits: DeviceTraits) -> tuple[bool, bool]:
+def kernel_flags(t: DotTiles, group: int, packed_as: int, traits: DeviceTraits) -> tuple[bool, bool]:
     """The kernel's SCALE_SUMS and SETTLE, for its GROUP and PACKED.
 
     Sums are scaled where a step lies in one group, but not where arithmetic is packed without PTX (fp16 on AMD): there a
@@ -258,14 +255,12 @@ def _plan(
     programs = -(-m // t.block_m) * -(-n // t.block_n)
     if t.split_k > 1 and programs > COUNTERS:
         raise ValueError(f"split_k: expected 1 for more than {COUNTERS} tiles, found {t.split_k} for {programs}")
-    steps = -(-words // t.block_words)
-    unroll = t.unroll if steps % (t.split_k * t.unroll) == 0 else 1
     stride_out = out.stride(0) if out is not None else n
     packed_as = packing(x.dtype, scales.dtype, traits)
-    scale_sums, settle = ways(t, group, packed_as, traits)
+    scale_sums, settle = kernel_flags(t, group, packed_as, traits)
     constants = (
         group, zeros is not None, bias is not None, k % columns == 0, words % t.block_words == 0, t.block_m, t.block_n,
-        t.block_words, t.split_k, unroll, t.group_n, scale_sums, settle, packed_as, traits.rounds_bf16,
+        t.block_words, t.split_k, t.group_n, scale_sums, settle, packed_as, traits.rounds_bf16,
     )  # fmt: skip
     launch = Launch(
         _dot_kernel, (programs, t.split_k, 1), (m, n, k, words, groups, x.stride(0), stride_out), constants,

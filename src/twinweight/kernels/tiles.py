@@ -33,8 +33,8 @@ class DeviceTraits:
 class DotTiles:
     """A tile of block_m x block_n outputs on matrix instructions, K in steps of 8 * block_words and in `split_k` parts.
 
-    block_words: 8 (one block of 64 columns), or more where they divide a group. unroll: steps between two barriers, where
-    that divides a part's steps. group_n: n-tiles that run together, so that the x and weight tiles they share stay in L2.
+    block_words: 8 (one block of 64 columns), or more where they divide a group. group_n: n-tiles that run together, so that
+    the x and weight tiles they share stay in L2.
     scale_sums: scales act on sums of products with integers, where a step lies in one group.
     """
 
@@ -45,7 +45,6 @@ class DotTiles:
     group_n: int
     num_warps: int
     num_stages: int
-    unroll: int = 1
     scale_sums: bool = False
 
 
@@ -64,7 +63,8 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     NVIDIA: 128 output features a program where that gives one and a half programs a multiprocessor, else 64, K split until
     there are nearly two. H100, the linears of llama-3.1-8b, M = 1, 8, 16, 32, 25 November 2026
     (`benchmarks/results/h100-tiles.json`): within 1.3 % of the best of 24. There scaling sums took 5 to 14 % less time than
-    scaling weights, splitting K once more than this 10 to 18 % more for 28672 x 4096, once less 10 % more for 6144 x 4096.
+    scaling weights (`h100-tiles-before.json`), splitting K once more than this 10 to 18 % more for 28672 x 4096, once less
+    10 % more for 6144 x 4096.
     """
     if traits.vendor == "amd":
         block_m, block_n, most, wanted, warps = 16, 32, 8, 3.0, 2
