@@ -29,6 +29,15 @@ PARTS = {
 OUTPUT_TOKENS = 64
 
 
+def set_environment() -> None:
+    """For a machine without a network and a vLLM without its optional kernels; what is set stays."""
+    for name, value in (
+        ("VLLM_USE_FLASHINFER_SAMPLER", "0"), ("VLLM_USE_DEEP_GEMM", "0"), ("VLLM_NO_USAGE_STATS", "1"),
+        ("HF_HUB_OFFLINE", "1"), ("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_SOCKET_IFNAME", "lo"),
+    ):  # fmt: skip
+        os.environ.setdefault(name, value)
+
+
 def write_config(preset: str, out: Path, *, dense: bool, layers: int | None) -> None:
     """A directory with config.json alone."""
     config = presets.preset(preset, layers)
@@ -51,12 +60,7 @@ def main() -> None:
     p.add_argument("--max-model-len", type=int, default=16384)
     p.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
     a = p.parse_args()
-    for name, value in (
-        ("VLLM_USE_FLASHINFER_SAMPLER", "0"), ("VLLM_USE_DEEP_GEMM", "0"), ("VLLM_NO_USAGE_STATS", "1"),
-        ("HF_HUB_OFFLINE", "1"), ("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo"), ("NCCL_SOCKET_IFNAME", "lo"),
-    ):  # fmt: skip
-        os.environ.setdefault(name, value)
-
+    set_environment()
     points = tuple((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs)
     work = arm.Workload(points, OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []

@@ -152,10 +152,11 @@ def main() -> None:
     p.add_argument("--model", type=Path, default=Path("models/stdlib-15m"))
     a = p.parse_args()
     from tokenizers import Tokenizer
-    from vllm_gpu import write_config
+    from vllm_gpu import set_environment, write_config
 
     from twinweight.engines.vllm.bench import environment
 
+    set_environment()
     text, tokenizer = (a.model / "heldout.txt").read_text(), Tokenizer.from_file(str(a.model / "tokenizer.json"))
     prompts = [tokenizer.encode(text[at : at + length]).ids for at, length in ((36000, 120), (24000, 2600), (44000, 30))]
     result: dict[str, Any] = {}

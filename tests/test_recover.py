@@ -39,3 +39,13 @@ def test_a_dense_weight_has_none(n: int, k: int, group: int) -> None:
 def test_groups_divide_rows() -> None:
     with pytest.raises(ValueError, match="divisor of K"):
         recover(torch.zeros(2, 65).bfloat16(), 32)
+
+
+def test_sevens_need_no_zero_points() -> None:
+    values = torch.full((4, 64), 8)
+    values[:, ::3] = 15
+    dense = from_values(values, torch.full((4, 1), 0.013).bfloat16(), None, None, group_size=64).dequantize()
+    found = recover(dense, 64)
+    assert found is not None
+    assert found.zeros is None
+    assert torch.equal(found.dequantize(), dense)

@@ -8,7 +8,13 @@ from torch import Tensor
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
 
 _STEPS = 15  # |q - zero| of 4-bit values
-_GROUPS = 1 << 14  # groups worked on at a time: 60 MiB of temporaries at 128 columns
+_LIKELY = (7, 8, 15, *range(14, 8, -1), *range(6, 0, -1))
+"""What the largest |q - zero| of a group may be, the likely ones first: each that is tried costs a pass over the open groups.
+7 before 8, which would ask for zero points where a group holds nothing but zeros and sevens.
+"""
+
+_VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
+"""Values worked on at a time: 30 and 240 MiB of temporaries. A GPU waits for the host after each pass."""
 
 
 def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
@@ -24,8 +30,9 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
     groups = dense.reshape(-1, group_size)
     steps = torch.empty(groups.shape, dtype=torch.int8, device=dense.device)
     scales = torch.empty(groups.shape[0], dtype=dense.dtype, device=dense.device)
-    for at in range(0, groups.shape[0], _GROUPS):
-        part = slice(at, at + _GROUPS)
+    at_once = max(1, _VALUES.get(dense.device.type, _VALUES["cpu"]) // group_size)
+    for at in range(0, groups.shape[0], at_once):
+        part = slice(at, at + at_once)
         if not _recover_groups(groups[part], steps[part], scales[part]):
             return None
     low, high = steps.amin(1), steps.amax(1)
@@ -51,12 +58,12 @@ def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:
     scales.fill_(1)
     steps.zero_()
     open_ = largest > 0
-    for j in range(1, _STEPS + 1):
+    for j in _LIKELY:
         middle = (largest / j).to(v.dtype)
         for s in (middle, _neighbour(middle, 1), _neighbour(middle, -1)):
-            if not bool(open_.any()):
-                return True
             at = open_.nonzero().squeeze(1)
+            if not len(at):
+                return True
             step = s[at].float()
             d = (exact[at] / step[:, None]).round_()
             fits = ((d * step[:, None]).to(v.dtype) == v[at]).all(1) & (step > 0)

@@ -40,7 +40,12 @@ def fill(kernel: TwinLinearKernel) -> None:
     twin = kernel.twin
     if twin is None:
         return
-    if kernel.twin_scales is not None:
+    if twins.kind_of(twin, kernel.twin_scales) == "fp8-row" and kernel.own is None:
+        from twinweight.kernels import fp8
+
+        assert kernel.twin_scales is not None
+        kernel.twin_scales.copy_(fp8.row_twin(identity.dense(kernel), twin)[1])
+    elif kernel.twin_scales is not None:
         weight = kernel.own or own.make(kernel, exact=False)
         if weight is None:
             raise RuntimeError(f"the int4 weight behind {type(kernel.inner).__name__} cannot be read back")
