@@ -26,35 +26,44 @@ from twinweight.kernels import gpu
 from twinweight.kernels.expand import expand
 from twinweight.kernels.fused import fused_linear
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import DotTiles, ExpandTiles
+from twinweight.kernels.tiles import DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
-ROWS = [1, 8, 16, 32, 64, 128, 256, 512]
+ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
-def candidates(m: int) -> list[DotTiles]:
+def candidates(m: int) -> list[DotTiles | HopperTiles]:
     """What may be good for m rows; of what was slower than these everywhere on an H100 nothing is left."""
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
         grid = itertools.product([(64, 4), (128, 4), (128, 8)], [3, 4], [1, 2, 4, 8])
         return [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
     blocks = {
-        64: [(64, 64, 4), (64, 128, 8), (64, 128, 4), (32, 128, 4)],
-        128: [(128, 128, 8), (128, 64, 4), (64, 128, 8), (64, 128, 4), (128, 256, 8)],
+        48: [(32, 16), (64, 0)],
+        64: [(64, 0), (32, 0)],
+        96: [(64, 32), (128, 0)],
+        128: [(128, 0), (64, 0)],
+        192: [(128, 64), (64, 32), (128, 0)],
+        256: [(128, 0), (256, 0)],
+        384: [(128, 64), (128, 0), (256, 128)],
     }
-    found = []
-    for tile in blocks.get(m, [(256, 128, 8), (128, 128, 8), (128, 256, 8), (128, 64, 4), (256, 64, 4)]):
-        for words, stages in [(8, 3), (8, 4), (16, 2), (16, 3), (16, 4)]:
-            for split in {512: [1, 2], 1024: [1]}.get(m, [1, 2, 4]):
-                if stages * (words * 4 * tile[1] + 16 * words * tile[0]) < 225000:
-                    found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
+    found: list[DotTiles | HopperTiles] = []
+    for rows, more in blocks.get(m, [(128, 0), (256, 0), (128, 64)]):
+        for n, warps in [(64, 4), (128, 8), (256, 8), (128, 4)]:
+            if (rows + more) * n // warps <= 4096:
+                words = (8, 16) if rows <= 64 else (8,)
+                found += [HopperTiles(rows, more, n, split, 8, warps, w) for split in (1, 2, 4) for w in words]
+    if m in (64, 128, 256, 512):
+        plain = [(64, 64, 4), (128, 64, 4), (128, 128, 8)] if m > 64 else [(64, 64, 4)]
+        for tile, (words, stages), split in itertools.product(plain, [(8, 4), (16, 3)], (1, 2)):
+            found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
     return found
 
 
-def fits(t: DotTiles, m: int, n: int) -> bool:
+def fits(t: DotTiles | HopperTiles, m: int, n: int) -> bool:
     """Whether the GPU would be half full at least, and splitting K is not for nothing."""
-    tiles = -(-m // t.block_m) * -(-n // t.block_n)
+    tiles = -(-m // t.rows) * -(-n // t.block_n)
     return 66 <= tiles * t.split_k and (t.split_k == 1 or tiles * t.split_k <= 1200)
 
 
@@ -72,7 +81,7 @@ def random_weight(n: int, k: int, seed: int = 0) -> Int4Weight:
     return Int4Weight(words, scales, None, None, 128, k)
 
 
-def compile_one(job: tuple[int, DotTiles | ExpandTiles]) -> str | None:
+def compile_one(job: tuple[int, DotTiles | HopperTiles | ExpandTiles]) -> str | None:
     """In a worker: compiles into Triton's cache by one launch on a small weight; the error where there is one."""
     m, tiles = job
     try:

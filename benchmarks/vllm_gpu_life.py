@@ -176,7 +176,7 @@ def main() -> None:
             "model": str(big), "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3,
             "linear_backend": "marlin", "attention_backend": "FLASH_ATTN",
         }  # fmt: skip
-        first = alone({"llm": {**llm, "enforce_eager": True, "additional_config": {"twinweight": {"mode": "soft"}}}})
+        first = alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft"}}}})
         # One server has told what there is; the next gets a floor that leaves a third of what twins would take.
         spare = first["for_twins"] - first["all_twins"] // 3
         floor = first["floor_tokens"] + spare * first["floor_tokens"] // first["floor_bytes"]

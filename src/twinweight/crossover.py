@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -36,7 +35,7 @@ _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a ti
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 8, 64, 512, 8192 on a GPU
-_AT_REST = 0.1  # seconds of work after which a GPU runs at its clock
+_PAUSE, _AT_REST = 0.05, 0.1  # seconds after which a GPU may rest, and of work after which it runs at its clock
 _ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
 
 
@@ -154,8 +153,6 @@ def time_variants(
     wrap: turns the calls of one sample into what is timed, such as the replay of a graph. seconds: so long after the first
     size no further one is begun, beyond the coarsest grid that serves: some kernels are compiled for each size.
     """
-    if device.type == "cuda":
-        _bring_to_speed(device)
     found: dict[int, dict[str, Timing]] = {}
     started = math.inf
     for m in _coarse_first(grid(device)):
@@ -175,9 +172,10 @@ def time_variants(
     return _joined(found, n)
 
 
-@functools.cache
 def _bring_to_speed(device: torch.device) -> None:
-    """Let a GPU at rest reach its clock (345 -> 1980 MHz on an H200), once: a first shape's times were off by up to a fifth."""
+    """Let a GPU that was at rest reach its clock (345 -> 1980 MHz on an H200): else the times of the first size that follows
+    were off by up to a third.
+    """
     x = torch.randn(4096, 4096, device=device).bfloat16()
     started = time.perf_counter()
     while time.perf_counter() - started < _AT_REST:
@@ -220,7 +218,13 @@ def time_rows(
     # Short calls are repeated inside one sample: a clock around a single one measures the clock, and one weight alone would
     # stay in the caches.
     inner = max(1, min(16, 2048 // m))
+    started = time.perf_counter()
     calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
+    for call in calls.values():
+        call()
+    torch.get_device_module(device.type).synchronize(device)
+    if device.type == "cuda" and time.perf_counter() - started > _PAUSE:  # kernels were compiled meanwhile, or loaded
+        _bring_to_speed(device)
     return {name: t.times(1 / inner) for name, t in interleaved(calls, device=device).items()}
 
 

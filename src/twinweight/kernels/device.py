@@ -28,7 +28,17 @@ def traits_of(device: torch.device) -> DeviceTraits:
         rounds_bf16=True,
         ptx=True,
         wgmma=p.major == 9,
+        gluon=p.major == 9 and _gluon(),
     )
+
+
+def _gluon() -> bool:
+    """Whether this Triton has what `hopper.py` is written in. Gluon is young, and its names may change."""
+    try:
+        from . import hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

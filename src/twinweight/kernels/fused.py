@@ -16,6 +16,7 @@ points. (On Hopper that form costs more than it saves: operands that do not chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .device import traits_of
 from .launch import COUNTERS, Launch, Plan, counters, plan
-from .tiles import DeviceTraits, DotTiles, fused_tiles
+from .tiles import DeviceTraits, DotTiles, HopperTiles, fused_tiles, plain_tiles
 from .unpack import (
     biased_zeros,
     check_linear,
@@ -38,11 +39,13 @@ from .unpack import (
     pair_constants,
     round_to,
     row_offset,
+    tile_at,
     weight_tile,
     word_offset,
 )
 
-Choose = Callable[[int, int, int, int, DeviceTraits], DotTiles]
+Tiles = DotTiles | HopperTiles
+Choose = Callable[[int, int, int, int, DeviceTraits], Tiles]
 
 
 @triton.jit
@@ -91,13 +94,8 @@ def _dot_kernel(
     BLOCK_K: tl.constexpr = 8 * BLOCK_W
     # A step of K lies in one group, or is one block whose halves may have one each.
     HALVES: tl.constexpr = GROUP % BLOCK_K != 0
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
-    first_n = pid // (GROUP_N * tiles_m) * GROUP_N
-    here_n = tl.minimum(tiles_n - first_n, GROUP_N)
-    pid_n = first_n + pid % (GROUP_N * tiles_m) % here_n
-    pid_m = pid % (GROUP_N * tiles_m) // here_n
+    pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, GROUP_N)
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -179,7 +177,7 @@ def fused_linear(
     *,
     group_size: int,
     out: Tensor | None = None,
-    tiles: DotTiles | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """x @ W.T + b on matrix instructions, accumulated in fp32 and rounded once; for tens to hundreds of rows.
 
@@ -203,13 +201,14 @@ def launch(
     bias: Tensor | None,
     group_size: int,
     out: Tensor | None,
-    tiles: DotTiles | None,
+    tiles: Tiles | None,
     choose: Choose,
 ) -> Tensor:
     """`fused_linear` with the tile choice of another path. What follows from shapes and dtypes alone is worked out once."""
     key = (
         choose, x.shape, x.stride(), x.dtype, x.get_device(), packed.shape, scales.shape, scales.dtype, zeros is None,
         bias is None or (bias.shape, bias.dtype), out is None or (out.shape, out.stride(), out.dtype), group_size, tiles,
+        x.data_ptr() % 16,
     )  # fmt: skip
     found = plan(key, lambda: _plan(x, packed, scales, zeros, bias, group_size, out, tiles, choose))
     if out is None:
@@ -239,7 +238,7 @@ def _plan(
     bias: Tensor | None,
     group_size: int,
     out: Tensor | None,
-    tiles: DotTiles | None,
+    tiles: Tiles | None,
     choose: Choose,
 ) -> Plan:
     n, words, groups = check_weight(packed, scales, zeros, group_size=group_size, k=x.shape[-1])
@@ -249,21 +248,36 @@ def _plan(
         return Plan((m, n), None)
     traits = traits_of(x.device)
     t = tiles or choose(m, n, k, group_size, traits)
-    columns = 8 * t.block_words
-    group = group_columns(group_size, groups)
-    check_step(t.block_words, group)
-    programs = -(-m // t.block_m) * -(-n // t.block_n)
+    if isinstance(t, HopperTiles) and (k % (8 * t.block_words) or x.stride(0) % 16 or x.data_ptr() % 16):
+        if tiles is not None:
+            raise ValueError(f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}")
+        t = plain_tiles(m, n, k, group_size, traits)
+    programs = -(-m // t.rows) * -(-n // t.block_n)
     if t.split_k > 1 and programs > COUNTERS:
         raise ValueError(f"split_k: expected 1 for more than {COUNTERS} tiles, found {t.split_k} for {programs}")
+    group = group_columns(group_size, groups)
+    check_step(t.block_words, group)
     stride_out = out.stride(0) if out is not None else n
     packed_as = packing(x.dtype, scales.dtype, traits)
-    scale_sums, settle = kernel_flags(t, group, packed_as, traits)
-    constants = (
-        group, zeros is not None, bias is not None, k % columns == 0, words % t.block_words == 0, t.block_m, t.block_n,
-        t.block_words, t.split_k, t.group_n, scale_sums, settle, packed_as, traits.rounds_bf16,
-    )  # fmt: skip
-    launch = Launch(
-        _dot_kernel, (programs, t.split_k, 1), (m, n, k, words, groups, x.stride(0), stride_out), constants,
-        {"num_warps": t.num_warps, "num_stages": t.num_stages}, x.device,
-    )  # fmt: skip
-    return Plan((m, n), launch, programs * t.split_k * t.block_m * t.block_n if t.split_k > 1 else 0)
+    integers = (m, n, k, words, groups, x.stride(0), stride_out)
+    kernel: Any = _dot_kernel
+    options = {"num_warps": t.num_warps}
+    constants: tuple[object, ...]
+    if isinstance(t, HopperTiles):
+        from .hopper import hopper_kernel
+
+        kernel = hopper_kernel
+        constants = (
+            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, t.block_words, t.split_k, t.group_n,
+            packed_as,
+        )  # fmt: skip
+    else:
+        options["num_stages"] = t.num_stages
+        even = k % (8 * t.block_words) == 0, words % t.block_words == 0
+        scale_sums, settle = kernel_flags(t, group, packed_as, traits)
+        constants = (
+            group, zeros is not None, bias is not None, *even, t.block_m, t.block_n, t.block_words, t.split_k, t.group_n,
+            scale_sums, settle, packed_as, traits.rounds_bf16,
+        )  # fmt: skip
+    launch = Launch(kernel, (programs, t.split_k, 1), integers, constants, options, x.device)
+    return Plan((m, n), launch, programs * t.split_k * t.rows * t.block_n if t.split_k > 1 else 0)

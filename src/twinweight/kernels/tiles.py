@@ -18,6 +18,7 @@ class DeviceTraits:
 
     shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
     ptx: its assembly is PTX. wgmma: products run beside the instructions that follow and read registers meanwhile (Hopper).
+    gluon: `hopper.py` runs on it.
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -27,6 +28,7 @@ class DeviceTraits:
     rounds_bf16: bool
     ptx: bool = False
     wgmma: bool = False
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,33 @@ class DotTiles:
     num_warps: int
     num_stages: int
     scale_sums: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of x a program takes."""
+        return self.block_m
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """A tile of block_m + more_m rows by block_n features for `hopper.py`: K in steps of 8 * block_words, in `split_k` parts.
+
+    more_m: 0, or a power of two below block_m. num_warps: 4 or 8, 16 features or more each. block_words: 8, or 16 where groups
+    are multiples of 128 columns.
+    """
+
+    block_m: int
+    more_m: int
+    block_n: int
+    split_k: int
+    group_n: int
+    num_warps: int
+    block_words: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Rows of x a program takes."""
+        return self.block_m + self.more_m
 
 
 @dataclass(frozen=True)
@@ -78,12 +107,17 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages, scale_sums=True)
 
 
-def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
-    """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows, while other programs multiply."""
+def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles | HopperTiles:
+    """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows."""
+    if m > 32 and traits.gluon and k % 64 == 0:
+        return hopper_tiles(m, n, k, traits)
+    return plain_tiles(m, n, k, group_size, traits)
+
+
+def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+    """Tiles of `fused.py` for `fused_linear`: while a program unpacks, others multiply."""
     if m <= 32:
         return decode_tiles(m, n, k, group_size, traits)
-    if traits.wgmma and k % 128 == 0:
-        return _hopper_tiles(m, n, k, group_size, traits)
     # Untuned. Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
     nvidia = traits.vendor == "nvidia"
     block_m = 128 if m > 64 and (nvidia or traits.warp_size == 64) else 64
@@ -94,21 +128,30 @@ def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
     return DotTiles(block_m, block_n, 8, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
-def _hopper_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
-    """64 output features a program; 128 where that fills the GPU.
+def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
+    """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64.
 
-    H100, as in `decode_tiles`, M = 64, 128, 256, 512: within 2 % of the best of up to 90.
+    H200, the linears of llama-3.1-8b, M = 48 to 512, 26 November 2026 (`benchmarks/results/h200-tiles.json`): PLACEHOLDER
     """
-    block_m = 64 if m <= 64 else 128
-    if m > 64 and -(-n // 128) * -(-m // 128) >= 1.6 * traits.multiprocessors:
-        return DotTiles(128, 128, 8, 1, group_n=8, num_warps=8, num_stages=4)
-    programs = -(-n // 64) * -(-m // block_m)
-    split = _split_k(programs, k // 128, (1.9 if m <= 64 else 1.4) * traits.multiprocessors, least=4)
-    # Two programs a multiprocessor have room for long steps; where there are more, short ones let them run together.
-    long = m <= 64 or programs * split <= 2 * traits.multiprocessors
-    words = _block_words(k, group_size, most=16 if long else 8)
-    stages = _stages(block_m, 64, words, k, group_size, traits, most=3)
-    return DotTiles(block_m, 64, words, split, group_n=8, num_warps=4, num_stages=stages)
+    steps, sms = k // 64, traits.multiprocessors
+    sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
+    if m <= 192:
+        block_m, more_m = next(size for size in sizes if sum(size) >= m)
+    else:
+        block_m, more_m = min(sizes[:2:-1], key=lambda size: -(-m // sum(size)) * sum(size))
+    rows = block_m + more_m
+    if m > 256 and -(-m // 256) * 256 <= -(-m // rows) * rows:
+        # The fewest bytes are copied for a product: good where such programs leave few multiprocessors without one at the end.
+        programs = -(-m // 256) * -(-n // 128)
+        split = _split_k(programs, steps, 0.9 * sms, least=56)
+        if programs * split >= 0.9 * sms * -(-programs * split // sms):
+            return HopperTiles(256, 0, 128, split, group_n=8, num_warps=8)
+    tiles_m = -(-m // rows)
+    wide = 64 <= rows <= 128 and tiles_m * -(-n // 128) >= 1.6 * sms
+    block_n = 128 if wide else 64
+    wanted, least = (1.6, 8) if rows <= 64 else (1.4, 28) if m <= 192 else (1.0, 48)
+    split = _split_k(tiles_m * -(-n // block_n), steps, wanted * sms, least=least)
+    return HopperTiles(block_m, more_m, block_n, split, group_n=8, num_warps=8 if wide else 4)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:

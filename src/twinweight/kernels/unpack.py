@@ -51,6 +51,16 @@ LESS_ZERO_SCALED_BF16: tl.constexpr = _ptx("bf16", zeros=True, scaled=True)
 
 
 @triton.jit
+def tile_at(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_N: tl.constexpr):
+    """(pid_m, pid_n) of a program: GROUP_N tiles of N beside each other, then the next tile of M."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first_n = pid // (GROUP_N * tiles_m) * GROUP_N
+    here_n = tl.minimum(tiles_n - first_n, GROUP_N)
+    return pid % (GROUP_N * tiles_m) // here_n, first_n + pid % (GROUP_N * tiles_m) % here_n
+
+
+@triton.jit
 def row_offset(rows, W):
     """Where the words of rows start, in words (see `order.py`)."""
     return rows // 16 * (16 * W) + rows % 16 * 8

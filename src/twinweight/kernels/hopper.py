@@ -1,0 +1,230 @@
+"""`fused` on Hopper: a step's weight is unpacked while the products of the step before run.
+
+Triton waits for a product whose left operand comes from registers before it unpacks the next (see `fused.py`). In Gluon, its
+lower level, the wait stands where it must: one step's products stay in flight while all warps unpack the next step, and end
+before the step after that writes their registers. Copies run two steps ahead, through `STAGES` buffers.
+
+Each buffer is an allocation of its own and the loop is unrolled over them: so the compiler sees that a copy into one does
+not meet a read of another, and one barrier a step is left.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# (Triton kernels carry no types; every other function here does.)
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_tile, word_offset
+
+STAGES = 4
+"""Buffers. A copy goes into the one of two steps before, whose products have ended: so copies run STAGES - 2 steps ahead."""
+
+_STAGES = gl.constexpr(STAGES)
+
+
+@gluon.constexpr_function
+def words_layout(rows, words, warps):
+    """Words [rows, words] as products want the weight that is in them: a lane holds words lane % 4 and lane % 4 + 4, of each
+    block of 8, of rows lane // 4 and lane // 4 + 8: two neighbouring columns, and those 8 further on, in each of four products.
+    """
+    blocks = [[0, 8 << i] for i in range((words // 8).bit_length() - 1)]
+    repeats = [[16 * warps << i, 0] for i in range((rows // (16 * warps)).bit_length() - 1)]
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        [[8, 0], [0, 4], *blocks, *repeats], lanes, [[16 << i, 0] for i in range(warps.bit_length() - 1)], [], [rows, words]
+    )
+
+
+@gluon.jit
+def _copy(smem, ptr, offs, inside):
+    async_copy.async_copy_global_to_shared(smem, ptr + offs, mask=inside)
+
+
+@gluon.jit
+def _bias(bias_ptr, first_n, N, FEATURES: gl.constexpr, LAYOUT: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """The bias of some features, fp32 [FEATURES]; zeros without one."""
+    bias = gl.zeros([FEATURES], gl.float32, LAYOUT)
+    if HAS_BIAS:
+        bias += gl.load(bias_ptr + gl.minimum(first_n + gl.arange(0, FEATURES, LAYOUT), N - 1)).to(gl.float32)
+    return bias
+
+
+@gluon.jit
+def _store(sums, out_ptr, first_n, first_m, N, M, stride_out):
+    """Round sums [features, rows] once and store them, 16 bytes a lane."""
+    FEATURES: gl.constexpr = sums.shape[0]
+    LANES: gl.constexpr = FEATURES // 8
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [LANES, 32 // LANES], [1, gl.num_warps()], [0, 1])
+    y = gl.convert_layout(sums.to(out_ptr.dtype.element_ty), OUT)
+    n = first_n + gl.arange(0, FEATURES, gl.SliceLayout(1, OUT))
+    m = first_m + gl.arange(0, sums.shape[1], gl.SliceLayout(0, OUT))
+    offsets = m.to(gl.int64)[None, :] * stride_out + n[:, None]
+    gl.store(out_ptr + offsets, y, mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@gluon.jit
+def hopper_kernel(
+    x_ptr,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    parts_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    W,
+    G,
+    stride_x,
+    stride_out,
+    GROUP: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    MORE_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_W: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    GROUP_N: gl.constexpr,
+    PACKED: gl.constexpr,
+):
+    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M + MORE_M rows, over one of SPLIT_K parts of K.
+
+    MORE_M: 0, or rows of a second sum. Sizes of tensors are powers of two, and a tile of 96 rows serves 96 rows best.
+    A step is 8 * BLOCK_W columns, of which K is a multiple: one block of 64, or two within a group.
+    """
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    TILE_M: gl.constexpr = BLOCK_M + MORE_M
+    WARPS: gl.constexpr = gl.num_warps()
+    BLOCK_K: gl.constexpr = 8 * BLOCK_W
+    WORDS: gl.constexpr = words_layout(BLOCK_N, BLOCK_W, WARPS)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [WARPS, 1], [1, 0])
+    COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [WARPS, 1], [1, 0])
+    X_SMEM: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    # Lanes read words without bank conflicts.
+    W_SMEM: gl.constexpr = gl.SwizzledSharedLayout(4, 32 // BLOCK_W, BLOCK_W // 4, [1, 0])
+    # A step lies in one group, or is one block whose halves may have one each.
+    HALVES: gl.constexpr = GROUP % BLOCK_K != 0
+    pid = gl.program_id(0)
+    pid_m, pid_n = tile_at(pid, M, N, TILE_M, BLOCK_N, GROUP_N)
+    total = W // BLOCK_W
+    steps = gl.cdiv(total, SPLIT_K)
+    first = gl.program_id(1) * steps
+    last = gl.minimum(first + steps, total)
+
+    x_smem = ()
+    w_smem = ()
+    for _ in gl.static_range(_STAGES):
+        x_smem = x_smem + (gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], X_SMEM),)
+        w_smem = w_smem + (gl.allocate_shared_memory(gl.int32, [BLOCK_N, BLOCK_W], W_SMEM),)
+
+    # Output features past the end repeat the last one and are never stored; rows of x past the end are zeros.
+    x_ptr += (pid_m * TILE_M).to(gl.int64) * stride_x
+    copy_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))[:, None]
+    x_offs = copy_m * stride_x + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_X))[None, :]
+    left_m = M - pid_m * TILE_M
+    packed_ptr += (pid_n * BLOCK_N).to(gl.int64) * W
+    copy_n = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_W)), N - 1 - pid_n * BLOCK_N)
+    w_offs = row_offset(copy_n, W)[:, None] + word_offset(gl.arange(0, BLOCK_W, gl.SliceLayout(0, COPY_W)))[None, :]
+    rows_n = gl.minimum(pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS)), N - 1)
+    if MORE_M:
+        MORE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_M, 16])
+        more_m = BLOCK_M + gl.arange(0, MORE_M, gl.SliceLayout(1, COPY_X))[:, None]
+        more_offs = more_m * stride_x + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_X))[None, :]
+        y_smem = ()
+        for _ in gl.static_range(_STAGES):
+            y_smem = y_smem + (gl.allocate_shared_memory(dtype, [MORE_M, BLOCK_K], X_SMEM),)
+        more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
+
+    for i in gl.static_range(_STAGES - 2):
+        there = first + i < last
+        _copy(w_smem[i], packed_ptr + (first + i) * (16 * BLOCK_W), w_offs, there)
+        _copy(x_smem[i], x_ptr + (first + i) * BLOCK_K, x_offs, (copy_m < left_m) & there)
+        if MORE_M:
+            _copy(y_smem[i], x_ptr + (first + i) * BLOCK_K, more_offs, (more_m < left_m) & there)
+        async_copy.commit_group()
+    s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+    s1, z1 = s0, z0
+    if HALVES:
+        s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+    for start in range(first, last, _STAGES):
+        for i in gl.static_range(_STAGES):
+            # Past the last step x is zeros.
+            step = start + i
+            async_copy.wait_group(_STAGES - 3)  # this step has arrived; a barrier follows: for all, and all left step - 2
+            ahead = step + _STAGES - 2
+            there = ahead < last
+            _copy(w_smem[(i + _STAGES - 2) % _STAGES], packed_ptr + ahead * (16 * BLOCK_W), w_offs, there)
+            _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * BLOCK_K, x_offs, (copy_m < left_m) & there)
+            if MORE_M:
+                _copy(y_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * BLOCK_K, more_offs, (more_m < left_m) & there)
+            async_copy.commit_group()
+            a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
+            a1, b1 = a0, b0
+            if HALVES:
+                a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
+                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+            if GROUP != 0:
+                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+            w = weight_tile(w_smem[i].load(WORDS), a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, True)
+            w = gl.convert_layout(w, LEFT)
+            acc = warpgroup_mma(w, x_smem[i].permute((1, 0)), acc, is_async=True)
+            if MORE_M:
+                w = gl.convert_layout(w, gl.DotOperandLayout(0, MORE_SUMS, 2))
+                more = warpgroup_mma(w, y_smem[i].permute((1, 0)), more, is_async=True)
+                acc, more = warpgroup_mma_wait(2, [acc, more])
+            else:
+                acc = warpgroup_mma_wait(1, [acc])
+    if MORE_M:
+        acc, more = warpgroup_mma_wait(0, [acc, more])
+    else:
+        acc = warpgroup_mma_wait(0, [acc])
+    # ptxas 12.8 moves what uses the sums to before that wait. So they are first added to what comes from memory behind a
+    # barrier, which does not move: the bias, or zeros.
+    behind = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    behind.store(_bias(bias_ptr, pid_n * BLOCK_N, N, BLOCK_N, gl.SliceLayout(1, COPY_W), HAS_BIAS and SPLIT_K == 1))
+    tl.debug_barrier()
+    acc += behind.load(gl.SliceLayout(1, SUMS))[:, None]
+    if MORE_M:
+        more += behind.load(gl.SliceLayout(1, MORE_SUMS))[:, None]
+    first_n = pid_n * BLOCK_N
+    first_m = pid_m * TILE_M
+    if SPLIT_K == 1:
+        _store(acc, out_ptr, first_n, first_m, N, M, stride_out)
+        if MORE_M:
+            _store(more, out_ptr, first_n, first_m + BLOCK_M, N, M, stride_out)
+    else:
+        mine = parts_ptr + pid.to(gl.int64) * (SPLIT_K * BLOCK_N * TILE_M)
+        part = mine + gl.program_id(1) * (BLOCK_N * TILE_M)
+        local = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))[:, None] * TILE_M
+        local += gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))[None, :]
+        gl.store(part + local, acc)
+        if MORE_M:
+            local_more = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MORE_SUMS))[:, None] * TILE_M + BLOCK_M
+            local_more += gl.arange(0, MORE_M, gl.SliceLayout(0, MORE_SUMS))[None, :]
+            gl.store(part + local_more, more)
+        tl.debug_barrier()  # every thread's part is written before the one that counts it
+        arrived = gl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
+        if arrived == SPLIT_K - 1:
+            gl.store(counters_ptr + pid, 0)  # ready for the next launch
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+            for i in gl.static_range(SPLIT_K):
+                acc += gl.load(mine + i * (BLOCK_N * TILE_M) + local, cache_modifier=".cg")
+            acc += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, SUMS), HAS_BIAS)[:, None]
+            _store(acc, out_ptr, first_n, first_m, N, M, stride_out)
+            if MORE_M:
+                more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
+                for i in gl.static_range(SPLIT_K):
+                    more += gl.load(mine + i * (BLOCK_N * TILE_M) + local_more, cache_modifier=".cg")
+                more += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, MORE_SUMS), HAS_BIAS)[:, None]
+                _store(more, out_ptr, first_n, first_m + BLOCK_M, N, M, stride_out)
