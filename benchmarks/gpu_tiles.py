@@ -1,6 +1,6 @@
 """Tiles of the int4 product, measured: what `kernels/tiles.py` chooses from.
 
-    python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--rows 16 32 64 128 256 512]
+    python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--models llama-3.1-8b] [--rows 16 64 512]
 
 Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
 {"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}, the 24 fastest of each shape and M. Prints three of them.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
+from gpu_paths import LINEARS
 from gpu_timing import capture, copies_of, interleaved
 
 from twinweight.kernels import gpu
@@ -29,35 +30,27 @@ from twinweight.kernels.prepared import KernelWeight
 from twinweight.kernels.tiles import DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
-SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
 ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
 def candidates(m: int) -> list[DotTiles | HopperTiles]:
-    """What may be good for m rows; of what was slower than these everywhere on an H100 nothing is left."""
+    """What may be good for m rows; of what was slower than these everywhere on an H200 nothing is left."""
+    found: list[DotTiles | HopperTiles] = []
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        grid = itertools.product([(64, 4), (128, 4), (128, 8)], [3, 4], [1, 2, 4, 8])
+        grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
         return [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
     blocks = {
-        48: [(32, 16), (64, 0)],
-        64: [(64, 0), (32, 0)],
-        96: [(64, 32), (128, 0)],
+        48: [(32, 16)],
+        64: [(64, 0)],
+        96: [(64, 32)],
         128: [(128, 0), (64, 0)],
-        192: [(128, 64), (64, 32), (128, 0)],
-        256: [(128, 0), (256, 0)],
-        384: [(128, 64), (128, 0), (256, 128)],
+        192: [(128, 64), (64, 32)],
+        384: [(128, 64)],
     }
-    found: list[DotTiles | HopperTiles] = []
-    for rows, more in blocks.get(m, [(128, 0), (256, 0), (128, 64)]):
-        for n, warps in [(64, 4), (128, 8), (256, 8), (128, 4)]:
-            if (rows + more) * n // warps <= 4096:
-                words = (8, 16) if rows <= 64 else (8,)
-                found += [HopperTiles(rows, more, n, split, 8, warps, w) for split in (1, 2, 4) for w in words]
-    if m in (64, 128, 256, 512):
-        plain = [(64, 64, 4), (128, 64, 4), (128, 128, 8)] if m > 64 else [(64, 64, 4)]
-        for tile, (words, stages), split in itertools.product(plain, [(8, 4), (16, 3)], (1, 2)):
-            found.append(DotTiles(tile[0], tile[1], words, split, 8, tile[2], stages))
+    for rows, more in blocks.get(m, [(128, 0), (256, 0)]) + ([(128, 0)] if m == 384 else []):
+        for n, warps in [(64, 4), (128, 8), (128, 4)] if rows + more <= 128 else [(64, 4), (128, 8)]:
+            found += [HopperTiles(rows, more, n, split, 8, warps) for split in (1, 2, 3, 4, 6, 8)]
     return found
 
 
@@ -134,6 +127,7 @@ def main() -> None:
     p.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
     p.add_argument("--budget", type=float, default=240.0, help="seconds after which no further size is begun")
     p.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    p.add_argument("--models", nargs="+", default=["llama-3.1-8b"], choices=LINEARS)
     a = p.parse_args()
     begun = time.monotonic()
     jobs = list({(1 if m == 1 else 8 if m % 16 else 16, t): None for m in a.rows for t in candidates(m)})
@@ -146,7 +140,7 @@ def main() -> None:
     if a.compile_only:
         return
     records = []
-    for n, k in SHAPES:
+    for n, k in (shape for model in a.models for shape in LINEARS[model]):
         weights = [gpu.prepare(random_weight(n, k, seed)) for seed in range(copies_of(n * k // 2))]
         dense = random_weight(n, k).dequantize().float()
         records += expansions(n, k, weights)

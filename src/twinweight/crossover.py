@@ -35,7 +35,6 @@ _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a ti
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 8, 64, 512, 8192 on a GPU
-_PAUSE, _AT_REST = 0.05, 0.1  # seconds after which a GPU may rest, and of work after which it runs at its clock
 _ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
 
 
@@ -144,13 +143,14 @@ def time_variants(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
+    wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
     seconds: float = math.inf,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
 
-    wrap: turns the calls of one sample into what is timed, such as the replay of a graph. seconds: so long after the first
+    wrap: turns the calls of one sample into what is timed, such as the replay of a graph, of which a GPU's host disturbs none.
+    seconds: so long after the first
     size no further one is begun, beyond the coarsest grid that serves: some kernels are compiled for each size.
     """
     found: dict[int, dict[str, Timing]] = {}
@@ -170,17 +170,6 @@ def time_variants(
             others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
             found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
     return _joined(found, n)
-
-
-def _bring_to_speed(device: torch.device) -> None:
-    """Let a GPU that was at rest reach its clock (345 -> 1980 MHz on an H200): else the times of the first size that follows
-    were off by up to a third.
-    """
-    x = torch.randn(4096, 4096, device=device).bfloat16()
-    started = time.perf_counter()
-    while time.perf_counter() - started < _AT_REST:
-        x @ x
-        torch.cuda.synchronize(device)
 
 
 def _coarse_first(sizes: Sequence[int]) -> list[int]:
@@ -205,7 +194,7 @@ def time_rows(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    wrap: Callable[[Callable[[], None]], Callable[[], object]] = lambda run: run,
+    wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
     enough: int = _ENOUGH,
 ) -> dict[str, Timing]:
     """Time all variants with m rows, interleaved; `enough` samples each, where they are not too slow."""
@@ -213,19 +202,17 @@ def time_rows(
     if device.type == "cpu":
         # Every call has a clock of its own, so that one disturbed call does not spoil the others.
         calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
-        patience = _PATIENCE * len(calls)
-        return interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)
+        return interleaved(calls, device=device, enough=enough, patience=_PATIENCE * len(calls), hopeless=_HOPELESS)
     # Short calls are repeated inside one sample: a clock around a single one measures the clock, and one weight alone would
     # stay in the caches.
     inner = max(1, min(16, 2048 // m))
-    started = time.perf_counter()
-    calls = {name: wrap(_repeat(call, x, inner)) for name, call in variants.items()}
-    for call in calls.values():
-        call()
-    torch.get_device_module(device.type).synchronize(device)
-    if device.type == "cuda" and time.perf_counter() - started > _PAUSE:  # kernels were compiled meanwhile, or loaded
-        _bring_to_speed(device)
-    return {name: t.times(1 / inner) for name, t in interleaved(calls, device=device).items()}
+    calls = {name: _repeat(call, x, inner) for name, call in variants.items()}
+    if wrap is not None:
+        calls = {name: wrap(call) for name, call in calls.items()}
+    # What is launched from here is only as fast as the host lets it be.
+    patience = _PATIENCE / 5 * len(calls) if wrap is None else 0.0
+    times = interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)
+    return {name: t.times(1 / inner) for name, t in times.items()}
 
 
 def _around_takeovers(measured: Measured) -> list[int]:

@@ -11,6 +11,8 @@ and [1, N], scales of groups with neighbouring rows side by side.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -197,13 +199,9 @@ def exact_twin(
 def row_linear(x: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x: bf16 or fp16 [M, K] -> [M, N] of x's dtype on a `row_twin`. K and N are multiples of 16. Both sides are rounded."""
     quantized, scale = quantize_rows(x)
+    out_dtype = x.dtype if _gives_fp16(x.device) else torch.bfloat16
     y = torch._scaled_mm(
-        quantized,
-        data.t(),
-        scale_a=scale.unsqueeze(1),
-        scale_b=scales.unsqueeze(0),
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
+        quantized, data.t(), scale_a=scale.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=out_dtype, use_fast_accum=True
     )
     return _finish(y, bias, x.dtype)
 
@@ -213,6 +211,13 @@ def exact_linear(x: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None) -
     quantized, scale = quantize_groups(x)
     y = torch._scaled_mm(quantized, data.t(), scale, scales.t(), out_dtype=torch.bfloat16)
     return _finish(y[: x.shape[0]], bias, x.dtype)
+
+
+@cache
+def _gives_fp16(device: torch.device) -> bool:
+    """Whether row-wise products come in fp16 too: by cuBLAS on Hopper (seen in torch 2.11 with CUDA 13), not by torch's own."""
+    cuda = torch.version.cuda
+    return torch.cuda.get_device_capability(device) == (9, 0) and cuda is not None and int(cuda.split(".")[0]) >= 13
 
 
 def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

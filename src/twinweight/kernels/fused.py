@@ -248,7 +248,7 @@ def _plan(
         return Plan((m, n), None)
     traits = traits_of(x.device)
     t = tiles or choose(m, n, k, group_size, traits)
-    if isinstance(t, HopperTiles) and (k % (8 * t.block_words) or x.stride(0) % 16 or x.data_ptr() % 16):
+    if isinstance(t, HopperTiles) and (k % 64 or x.stride(0) % 16 or x.data_ptr() % 16):
         if tiles is not None:
             raise ValueError(f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}")
         t = plain_tiles(m, n, k, group_size, traits)
@@ -256,7 +256,6 @@ def _plan(
     if t.split_k > 1 and programs > COUNTERS:
         raise ValueError(f"split_k: expected 1 for more than {COUNTERS} tiles, found {t.split_k} for {programs}")
     group = group_columns(group_size, groups)
-    check_step(t.block_words, group)
     stride_out = out.stride(0) if out is not None else n
     packed_as = packing(x.dtype, scales.dtype, traits)
     integers = (m, n, k, words, groups, x.stride(0), stride_out)
@@ -268,10 +267,10 @@ def _plan(
 
         kernel = hopper_kernel
         constants = (
-            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, t.block_words, t.split_k, t.group_n,
-            packed_as,
+            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, t.split_k, t.group_n, packed_as,
         )  # fmt: skip
     else:
+        check_step(t.block_words, group)
         options["num_stages"] = t.num_stages
         even = k % (8 * t.block_words) == 0, words % t.block_words == 0
         scale_sums, settle = kernel_flags(t, group, packed_as, traits)

@@ -8,7 +8,7 @@ Each buffer is an allocation of its own and the loop is unrolled over them: so t
 not meet a read of another, and one barrier a step is left.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,operator"
 # (Triton kernels carry no types; every other function here does.)
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ _STAGES = gl.constexpr(STAGES)
 
 
 @gluon.constexpr_function
-def words_layout(rows, words, warps):
-    """Words [rows, words] as products want the weight that is in them: a lane holds words lane % 4 and lane % 4 + 4, of each
-    block of 8, of rows lane // 4 and lane // 4 + 8: two neighbouring columns, and those 8 further on, in each of four products.
+def words_layout(rows, warps):
+    """Words [rows, 8] as products want the weight that is in them: a lane holds words lane % 4 and lane % 4 + 4 of rows
+    lane // 4 and lane // 4 + 8, which are two neighbouring columns, and those 8 further on, in each of four products.
     """
-    blocks = [[0, 8 << i] for i in range((words // 8).bit_length() - 1)]
     repeats = [[16 * warps << i, 0] for i in range((rows // (16 * warps)).bit_length() - 1)]
     lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(
-        [[8, 0], [0, 4], *blocks, *repeats], lanes, [[16 << i, 0] for i in range(warps.bit_length() - 1)], [], [rows, words]
+        [[8, 0], [0, 4], *repeats], lanes, [[16 << i, 0] for i in range(warps.bit_length() - 1)], [], [rows, 8]
     )
 
 
@@ -90,7 +89,6 @@ def hopper_kernel(
     BLOCK_M: gl.constexpr,
     MORE_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    BLOCK_W: gl.constexpr,
     SPLIT_K: gl.constexpr,
     GROUP_N: gl.constexpr,
     PACKED: gl.constexpr,
@@ -98,25 +96,24 @@ def hopper_kernel(
     """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M + MORE_M rows, over one of SPLIT_K parts of K.
 
     MORE_M: 0, or rows of a second sum. Sizes of tensors are powers of two, and a tile of 96 rows serves 96 rows best.
-    A step is 8 * BLOCK_W columns, of which K is a multiple: one block of 64, or two within a group.
+    A step is a block of 64 columns, of which K is a multiple: they are a row of the swizzled layout that products read.
     """
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     TILE_M: gl.constexpr = BLOCK_M + MORE_M
     WARPS: gl.constexpr = gl.num_warps()
-    BLOCK_K: gl.constexpr = 8 * BLOCK_W
-    WORDS: gl.constexpr = words_layout(BLOCK_N, BLOCK_W, WARPS)
+    WORDS: gl.constexpr = words_layout(BLOCK_N, WARPS)
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [WARPS, 1], [1, 0])
+    COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [WARPS, 1], [1, 0])
     X_SMEM: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     # Lanes read words without bank conflicts.
-    W_SMEM: gl.constexpr = gl.SwizzledSharedLayout(4, 32 // BLOCK_W, BLOCK_W // 4, [1, 0])
-    # A step lies in one group, or is one block whose halves may have one each.
-    HALVES: gl.constexpr = GROUP % BLOCK_K != 0
+    W_SMEM: gl.constexpr = gl.SwizzledSharedLayout(4, 4, 2, [1, 0])
+    # A step lies in one group, or its halves may have one each.
+    HALVES: gl.constexpr = GROUP % 64 != 0
     pid = gl.program_id(0)
     pid_m, pid_n = tile_at(pid, M, N, TILE_M, BLOCK_N, GROUP_N)
-    total = W // BLOCK_W
+    total = W // 8
     steps = gl.cdiv(total, SPLIT_K)
     first = gl.program_id(1) * steps
     last = gl.minimum(first + steps, total)
@@ -124,38 +121,38 @@ def hopper_kernel(
     x_smem = ()
     w_smem = ()
     for _ in gl.static_range(_STAGES):
-        x_smem = x_smem + (gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], X_SMEM),)
-        w_smem = w_smem + (gl.allocate_shared_memory(gl.int32, [BLOCK_N, BLOCK_W], W_SMEM),)
+        x_smem += (gl.allocate_shared_memory(dtype, [BLOCK_M, 64], X_SMEM),)
+        w_smem += (gl.allocate_shared_memory(gl.int32, [BLOCK_N, 8], W_SMEM),)
 
     # Output features past the end repeat the last one and are never stored; rows of x past the end are zeros.
     x_ptr += (pid_m * TILE_M).to(gl.int64) * stride_x
     copy_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))[:, None]
-    x_offs = copy_m * stride_x + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_X))[None, :]
+    x_offs = copy_m * stride_x + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
     left_m = M - pid_m * TILE_M
     packed_ptr += (pid_n * BLOCK_N).to(gl.int64) * W
     copy_n = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_W)), N - 1 - pid_n * BLOCK_N)
-    w_offs = row_offset(copy_n, W)[:, None] + word_offset(gl.arange(0, BLOCK_W, gl.SliceLayout(0, COPY_W)))[None, :]
+    w_offs = row_offset(copy_n, W)[:, None] + word_offset(gl.arange(0, 8, gl.SliceLayout(0, COPY_W)))[None, :]
     rows_n = gl.minimum(pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS)), N - 1)
     if MORE_M:
         MORE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_M, 16])
         more_m = BLOCK_M + gl.arange(0, MORE_M, gl.SliceLayout(1, COPY_X))[:, None]
-        more_offs = more_m * stride_x + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_X))[None, :]
+        more_offs = more_m * stride_x + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
         y_smem = ()
         for _ in gl.static_range(_STAGES):
-            y_smem = y_smem + (gl.allocate_shared_memory(dtype, [MORE_M, BLOCK_K], X_SMEM),)
+            y_smem += (gl.allocate_shared_memory(dtype, [MORE_M, 64], X_SMEM),)
         more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
 
     for i in gl.static_range(_STAGES - 2):
         there = first + i < last
-        _copy(w_smem[i], packed_ptr + (first + i) * (16 * BLOCK_W), w_offs, there)
-        _copy(x_smem[i], x_ptr + (first + i) * BLOCK_K, x_offs, (copy_m < left_m) & there)
+        _copy(w_smem[i], packed_ptr + (first + i) * 128, w_offs, there)
+        _copy(x_smem[i], x_ptr + (first + i) * 64, x_offs, (copy_m < left_m) & there)
         if MORE_M:
-            _copy(y_smem[i], x_ptr + (first + i) * BLOCK_K, more_offs, (more_m < left_m) & there)
+            _copy(y_smem[i], x_ptr + (first + i) * 64, more_offs, (more_m < left_m) & there)
         async_copy.commit_group()
-    s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+    s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, 64, 0), rows_n, G, HAS_ZEROS)
     s1, z1 = s0, z0
     if HALVES:
-        s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+        s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, 64, 1), rows_n, G, HAS_ZEROS)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
     for start in range(first, last, _STAGES):
         for i in gl.static_range(_STAGES):
@@ -164,18 +161,18 @@ def hopper_kernel(
             async_copy.wait_group(_STAGES - 3)  # this step has arrived; a barrier follows: for all, and all left step - 2
             ahead = step + _STAGES - 2
             there = ahead < last
-            _copy(w_smem[(i + _STAGES - 2) % _STAGES], packed_ptr + ahead * (16 * BLOCK_W), w_offs, there)
-            _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * BLOCK_K, x_offs, (copy_m < left_m) & there)
+            _copy(w_smem[(i + _STAGES - 2) % _STAGES], packed_ptr + ahead * 128, w_offs, there)
+            _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * 64, x_offs, (copy_m < left_m) & there)
             if MORE_M:
-                _copy(y_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * BLOCK_K, more_offs, (more_m < left_m) & there)
+                _copy(y_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * 64, more_offs, (more_m < left_m) & there)
             async_copy.commit_group()
             a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
             a1, b1 = a0, b0
             if HALVES:
                 a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
-                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, BLOCK_K, 1), rows_n, G, HAS_ZEROS)
+                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, 64, 1), rows_n, G, HAS_ZEROS)
             if GROUP != 0:
-                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, BLOCK_K, 0), rows_n, G, HAS_ZEROS)
+                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, 64, 0), rows_n, G, HAS_ZEROS)
             w = weight_tile(w_smem[i].load(WORDS), a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, True)
             w = gl.convert_layout(w, LEFT)
             acc = warpgroup_mma(w, x_smem[i].permute((1, 0)), acc, is_async=True)

@@ -8,6 +8,7 @@ Hopper, RDNA and CDNA ("compiled for"), where the distance from the best is unkn
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,10 +58,9 @@ class DotTiles:
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """A tile of block_m + more_m rows by block_n features for `hopper.py`: K in steps of 8 * block_words, in `split_k` parts.
+    """A tile of block_m + more_m rows by block_n features for `hopper.py`: K in steps of 64 and in `split_k` parts.
 
-    more_m: 0, or a power of two below block_m. num_warps: 4 or 8, 16 features or more each. block_words: 8, or 16 where groups
-    are multiples of 128 columns.
+    more_m: 0, or a power of two below block_m. num_warps: 4 or 8, 16 features or more each.
     """
 
     block_m: int
@@ -69,7 +69,6 @@ class HopperTiles:
     split_k: int
     group_n: int
     num_warps: int
-    block_words: int = 8
 
     @property
     def rows(self) -> int:
@@ -89,22 +88,24 @@ class ExpandTiles:
 def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
     """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
 
-    NVIDIA: 128 output features a program where that gives one and a half programs a multiprocessor, else 64, K split until
-    there are nearly two. H100, the linears of llama-3.1-8b, M = 1, 8, 16, 32, 25 November 2026
-    (`benchmarks/results/h100-tiles.json`): within 1.3 % of the best of 24. There scaling sums took 5 to 14 % less time than
-    scaling weights (`h100-tiles-before.json`), splitting K once more than this 10 to 18 % more for 28672 x 4096, once less
-    10 % more for 6144 x 4096.
+    NVIDIA: 64 output features a program, K split until there are more than three programs a multiprocessor; from 9 rows on
+    128 features where there are so many even then. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b,
+    M = 1 and 16, 26 November 2026 (`benchmarks/results/h200-tiles.json`): DECODE_LOSS. Scaling sums took 5 to 14 % less time
+    than scaling weights (H100, `h100-tiles-before.json`).
     """
     if traits.vendor == "amd":
-        block_m, block_n, most, wanted, warps = 16, 32, 8, 3.0, 2
-    else:
-        block_m, most, warps = 8 if m <= 8 else 16 if m <= 16 else 32, 16, 4
-        wide = -(-n // 128) * -(-m // block_m) >= 1.5 * traits.multiprocessors
-        block_n, wanted = (128, 1.5) if wide else (64, 1.9)
-    words = _block_words(k, group_size, most=most)
-    split = _split_k(-(-n // block_n) * -(-m // block_m), -(-k // (8 * words)), wanted * traits.multiprocessors, least=4)
-    stages = _stages(block_m, block_n, words, k, group_size, traits, most=4)
-    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=warps, num_stages=stages, scale_sums=True)
+        words = _block_words(k, group_size, most=8)
+        split = _split_k(-(-n // 32) * -(-m // 16), -(-k // (8 * words)), 3.0 * traits.multiprocessors, least=4)
+        stages = _stages(16, 32, words, k, group_size, traits, most=4)
+        return DotTiles(16, 32, words, split, group_n=8, num_warps=2, num_stages=stages, scale_sums=True)
+    block_m = 8 if m <= 8 else 16 if m <= 16 else 32
+    tiles_m, sms = -(-m // block_m), traits.multiprocessors
+    wide = m > 8 and -(-n // 128) * tiles_m >= (3 if m <= 16 else 1.5) * sms
+    block_n = 128 if wide else 64
+    words = _block_words(k, group_size, most=16)
+    split = _parts(-(-n // block_n) * tiles_m, -(-k // (8 * words)), 1 if wide else 3.3 * sms, least=4)
+    stages = _stages(block_m, block_n, words, k, group_size, traits, most=3 if m <= 16 else 4)
+    return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=4, num_stages=stages, scale_sums=True)
 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles | HopperTiles:
@@ -131,7 +132,10 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
 def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64.
 
-    H200, the linears of llama-3.1-8b, M = 48 to 512, 26 November 2026 (`benchmarks/results/h200-tiles.json`): PLACEHOLDER
+    A tile of 256 x 128 copies the fewest bytes a product, but there is one a multiprocessor: it is taken where few of them
+    are left without one at the end. Else 64 or 128 features, by how full the last round is. K is split where there
+    would be too few programs. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 64, 96, 128, 192, 256, 512,
+    26 November 2026 (`benchmarks/results/h200-tiles.json`): HOPPER_LOSS.
     """
     steps, sms = k // 64, traits.multiprocessors
     sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
@@ -140,18 +144,23 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     else:
         block_m, more_m = min(sizes[:2:-1], key=lambda size: -(-m // sum(size)) * sum(size))
     rows = block_m + more_m
-    if m > 256 and -(-m // 256) * 256 <= -(-m // rows) * rows:
-        # The fewest bytes are copied for a product: good where such programs leave few multiprocessors without one at the end.
-        programs = -(-m // 256) * -(-n // 128)
-        split = _split_k(programs, steps, 0.9 * sms, least=56)
-        if programs * split >= 0.9 * sms * -(-programs * split // sms):
-            return HopperTiles(256, 0, 128, split, group_n=8, num_warps=8)
     tiles_m = -(-m // rows)
-    wide = 64 <= rows <= 128 and tiles_m * -(-n // 128) >= 1.6 * sms
-    block_n = 128 if wide else 64
-    wanted, least = (1.6, 8) if rows <= 64 else (1.4, 28) if m <= 192 else (1.0, 48)
-    split = _split_k(tiles_m * -(-n // block_n), steps, wanted * sms, least=least)
-    return HopperTiles(block_m, more_m, block_n, split, group_n=8, num_warps=8 if wide else 4)
+    if m > 192 and -(-m // 256) * 256 <= tiles_m * rows:
+        programs = -(-m // 256) * -(-n // 128)
+        for split in _SPLITS[:4]:
+            part = steps // split
+            if 56 <= part <= 256 and _filled(programs * split, sms) >= 0.9:
+                return HopperTiles(256, 0, 128, split, group_n=8, num_warps=8)
+    narrow, wide = tiles_m * -(-n // 64), tiles_m * -(-n // 128)
+    if rows in (96, 128) and narrow >= 1.8 * sms and 1.08 * _filled(wide, 2 * sms) > _filled(narrow, 3 * sms):
+        return HopperTiles(block_m, more_m, 128, 1, group_n=8, num_warps=8)
+    if rows <= 64:
+        split = _parts(narrow, steps, 3.3 * sms, least=16)
+    elif rows == 192:
+        split = _parts(narrow, steps, 1.6 * sms, least=28 if 2 * narrow <= sms else 40, most=2 * sms)
+    else:
+        split = _parts(narrow, steps, 1.8 * sms, least=28 if m <= 192 else 48)
+    return HopperTiles(block_m, more_m, 64, split, group_n=8, num_warps=4)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
@@ -169,6 +178,24 @@ def _block_words(k: int, group_size: int, *, most: int) -> int:
     while 2 * words <= most and (group_size == k or group_size % (16 * words) == 0):
         words *= 2
     return words
+
+
+_SPLITS = (1, 2, 3, 4, 6, 8)
+
+
+def _parts(programs: int, steps: int, wanted: float, *, least: int, most: float = math.inf) -> int:
+    """Parts of K, of `_SPLITS`: so many that `wanted` programs run, but not more than `most`, each with `least` steps or more."""
+    split = 1
+    for more in _SPLITS[1:]:
+        if programs * split >= wanted or steps // more < least or programs * more > most:
+            break
+        split = more
+    return split
+
+
+def _filled(programs: int, at_once: int) -> float:
+    """How full the rounds are in which `programs` run, `at_once` a round."""
+    return programs / (at_once * -(-programs // at_once))
 
 
 def _split_k(programs: int, steps: int, wanted: float, *, least: int) -> int:

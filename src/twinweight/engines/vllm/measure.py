@@ -103,7 +103,7 @@ def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = (), secon
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
     calls = {INT4: _rotating(inners), **{name: timed[choice] for name, choice in ours.items()}}
-    wrap = partial(_graphed, Graphs()) if device.type == "cuda" else _plain
+    wrap = partial(_graphed, Graphs()) if device.type == "cuda" else None
     measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap, seconds=seconds)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
@@ -204,10 +204,6 @@ def _inner(kernel: TwinLinearKernel, part: object) -> Callable[[Tensor], object]
 def _rotating(calls: Sequence[Callable[[Tensor], object]]) -> Callable[[Tensor], object]:
     turn = itertools.cycle(calls)
     return lambda x: next(turn)(x)
-
-
-def _plain(run: Callable[[], None]) -> Callable[[], object]:
-    return run
 
 
 def _graphed(graphs: Graphs, run: Callable[[], None]) -> Callable[[], object]:
