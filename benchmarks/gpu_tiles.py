@@ -39,7 +39,10 @@ def candidates(m: int) -> list[DotTiles | HopperTiles]:
     if m <= 32:
         block_m = 8 if m <= 8 else 16 if m <= 16 else 32
         grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
-        return [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
+        found += [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
+        if m > 16:
+            found += [HopperTiles(32, 0, n, split, 8, 4) for n, split in itertools.product([64, 128], [1, 2, 3, 4, 6, 8])]
+        return found
     blocks = {
         48: [(32, 16)],
         64: [(64, 0)],

@@ -146,45 +146,56 @@ def rescaled(model: Path, out: Path) -> Path:
     return out
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("out", type=Path)
-    p.add_argument("--model", type=Path, default=Path("models/stdlib-15m"))
-    a = p.parse_args()
+def stages(model: Path) -> list[dict[str, Any]]:
+    """Serve a trained model without and with twins: a record a stage."""
     from tokenizers import Tokenizer
-    from vllm_gpu import set_environment, write_config
 
-    from twinweight.engines.vllm.bench import environment
-
-    set_environment()
-    text, tokenizer = (a.model / "heldout.txt").read_text(), Tokenizer.from_file(str(a.model / "tokenizer.json"))
+    text, tokenizer = (model / "heldout.txt").read_text(), Tokenizer.from_file(str(model / "tokenizer.json"))
     prompts = [tokenizer.encode(text[at : at + length]).ids for at, length in ((36000, 120), (24000, 2600), (44000, 30))]
-    result: dict[str, Any] = {}
+    llm = {"model": str(model), "max_model_len": 2048, "gpu_memory_utilization": 0.3, "attention_backend": "FLASH_ATTN"}
     with tempfile.TemporaryDirectory() as tmp:
-        llm = {"model": str(a.model), "max_model_len": 2048, "gpu_memory_utilization": 0.3, "attention_backend": "FLASH_ATTN"}
-        job = {"llm": llm, "other": str(rescaled(a.model, Path(tmp) / "other")), "prompts": prompts}
+        job = {"llm": llm, "other": str(rescaled(model, Path(tmp) / "other")), "prompts": prompts}
         off = alone(job)
         twins = {"twinweight": {"mode": "soft", "crossover": CROSSOVER}}
-        on = alone({**job, "llm": {**llm, "additional_config": twins}})
-        result["records"] = compare(off, on)
-        print(json.dumps(result["records"]), flush=True)
+        return compare(off, alone({**job, "llm": {**llm, "additional_config": twins}}))
 
-        big = Path(tmp) / "big"
-        big.mkdir()
-        write_config("llama-3.1-8b", big, dense=False, layers=4)
+
+def short_of_memory() -> dict[str, Any]:
+    """Serve four layers of Llama-3.1-8B with memory for a third of the twins: what `squeezed` says."""
+    from vllm_gpu import write_config
+
+    with tempfile.TemporaryDirectory() as tmp:
+        write_config("llama-3.1-8b", Path(tmp), dense=False, layers=4)
         llm = {
-            "model": str(big), "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3,
-            "linear_backend": "marlin", "attention_backend": "FLASH_ATTN",
+            "model": tmp, "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3, "linear_backend": "marlin",
+            "attention_backend": "FLASH_ATTN",
         }  # fmt: skip
         first = alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft"}}}})
         # One server has told what there is; the next gets a floor that leaves a third of what twins would take.
         spare = first["for_twins"] - first["all_twins"] // 3
         floor = first["floor_tokens"] + spare * first["floor_tokens"] // first["floor_bytes"]
-        result["own"] = alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft", "kv_floor": floor}}}})
-    print(json.dumps(result["own"]), flush=True)
-    import vllm
+        return alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft", "kv_floor": floor}}}})
 
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("out", type=Path)
+    p.add_argument("--model", type=Path, default=Path("models/stdlib-15m"))
+    p.add_argument("--only", choices=("records", "own"), help="measure one part, and leave the other of OUT.json as it is")
+    a = p.parse_args()
+    import vllm
+    from vllm_gpu import set_environment
+
+    from twinweight.engines.vllm.bench import environment
+
+    set_environment()
+    result: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {}
+    if a.only != "own":
+        result["records"] = stages(a.model)
+    if a.only != "records":
+        result["own"] = short_of_memory()
     result["environment"] = {**environment(vllm.__version__), "command": shlex.join(["python", *sys.argv])}
+    print(json.dumps(result), flush=True)
     a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

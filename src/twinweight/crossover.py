@@ -206,9 +206,8 @@ def time_rows(
     # Short calls are repeated inside one sample: a clock around a single one measures the clock, and one weight alone would
     # stay in the caches.
     inner = max(1, min(16, 2048 // m))
-    calls = {name: _repeat(call, x, inner) for name, call in variants.items()}
-    if wrap is not None:
-        calls = {name: wrap(call) for name, call in calls.items()}
+    runs = {name: _repeat(call, x, inner) for name, call in variants.items()}
+    calls = {name: run if wrap is None else wrap(run) for name, run in runs.items()}
     # What is launched from here is only as fast as the host lets it be.
     patience = _PATIENCE / 5 * len(calls) if wrap is None else 0.0
     times = interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)

@@ -66,7 +66,7 @@ def _store(sums, out_ptr, first_n, first_m, N, M, stride_out):
     gl.store(out_ptr + offsets, y, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def hopper_kernel(
     x_ptr,
     packed_ptr,

@@ -184,7 +184,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 
 
 def _parts(programs: int, steps: int, wanted: float, *, least: int, most: float = math.inf) -> int:
-    """Parts of K, of `_SPLITS`: so many that `wanted` programs run, but not more than `most`, each with `least` steps or more."""
+    """Parts of K: of `_SPLITS`, so that `wanted` programs run, but not more than `most`, each with `least` steps or more."""
     split = 1
     for more in _SPLITS[1:]:
         if programs * split >= wanted or steps // more < least or programs * more > most:
