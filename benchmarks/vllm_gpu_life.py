@@ -1,6 +1,6 @@
 """The life of a vLLM server with twins on a GPU, under torch.compile and CUDA graphs: sleep, wake, reload, own int4 copies.
 
-    python benchmarks/vllm_gpu_life.py OUT.json [--model models/stdlib-15m]
+    python benchmarks/vllm_gpu_life.py OUT.json [--model models/stdlib-15m] [--only records|own]
 
 Serves the trained model without and with twins through the same stages and compares greedy tokens (up to the first near-tie)
 and, bit for bit, each twin with what the inner kernel computes. Then serves Llama-3.1-8B's shapes on Marlin with memory for a
@@ -167,8 +167,8 @@ def short_of_memory() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         write_config("llama-3.1-8b", Path(tmp), dense=False, layers=4)
         llm = {
-            "model": tmp, "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3, "linear_backend": "marlin",
-            "attention_backend": "FLASH_ATTN",
+            "model": tmp, "load_format": "dummy", "max_model_len": 8192, "gpu_memory_utilization": 0.3,
+            "linear_backend": "marlin", "attention_backend": "FLASH_ATTN",
         }  # fmt: skip
         first = alone({"llm": {**llm, "additional_config": {"twinweight": {"mode": "soft"}}}})
         # One server has told what there is; the next gets a floor that leaves a third of what twins would take.
@@ -183,12 +183,13 @@ def main() -> None:
     p.add_argument("--model", type=Path, default=Path("models/stdlib-15m"))
     p.add_argument("--only", choices=("records", "own"), help="measure one part, and leave the other of OUT.json as it is")
     a = p.parse_args()
-    import vllm
     from vllm_gpu import set_environment
+
+    set_environment()
+    import vllm
 
     from twinweight.engines.vllm.bench import environment
 
-    set_environment()
     result: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {}
     if a.only != "own":
         result["records"] = stages(a.model)
