@@ -203,9 +203,9 @@ def time_rows(
         # Every call has a clock of its own, so that one disturbed call does not spoil the others.
         calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
         return interleaved(calls, device=device, enough=enough, patience=_PATIENCE * len(calls), hopeless=_HOPELESS)
-    # Short calls are repeated inside one sample: a clock around a single one measures the clock, and one weight alone would
-    # stay in the caches.
-    inner = max(1, min(16, 2048 // m))
+    # Calls are repeated inside one sample: a clock around a short one measures the clock, one weight alone would stay in the
+    # caches, and where the host launches each, the GPU would wait for it (`stream` twice).
+    inner = max(1, min(16, (8192 if wrap is None else 2048) // m))
     runs = {name: _repeat(call, x, inner) for name, call in variants.items()}
     calls = {name: run if wrap is None else wrap(run) for name, run in runs.items()}
     # What is launched from here is only as fast as the host lets it be.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.helpers import random_weight
-from twinweight.kernels.tiles import DotTiles, ExpandTiles
+from twinweight.kernels.tiles import DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,6 +50,8 @@ CASES = [
     Case(17, 16, 160, 32, strided=True),
     Case(40, 100, 512, 512, dtype=_FP16, bias=True),
     Case(9, 40, 192, 96, symmetric=False),
+    Case(130, 200, 448, 32, dtype=_FP16, symmetric=False, bias=True),
+    Case(96, 80, 1024, 1024),
 ]
 
 DOT = DotTiles(32, 32, 8, split_k=1, group_n=8, num_warps=4, num_stages=2)
@@ -63,5 +65,14 @@ LINEAR_TILES = {
 WIDE_TILES = {"dot-wide": replace(DOT, block_words=16), "dot-wide-split": replace(DOT, block_words=32, split_k=2)}
 WIDE_TILES["dot-wide-sums"] = replace(WIDE_TILES["dot-wide"], scale_sums=True)
 """For groups that a wide step divides, and one group a row."""
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HOPPER_TILES = {
+    "hopper": HopperTiles(64, 0, 64, split_k=1, group_n=8, num_warps=4),
+    "hopper-two-sums": HopperTiles(32, 16, 128, split_k=1, group_n=2, num_warps=8),
+    "hopper-split": HopperTiles(128, 64, 64, split_k=3, group_n=8, num_warps=4),
+    "hopper-wide": HopperTiles(128, 0, 256, split_k=1, group_n=8, num_warps=8),
+}
+"""For K in whole blocks of 64 columns, and rows of x that are aligned."""
 
 EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

@@ -28,7 +28,7 @@ from twinweight.kernels import expand, fused, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True, gluon=True)),
     "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), tiles.DeviceTraits("amd", 64, 304, 65536, False)),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), tiles.DeviceTraits("amd", 32, 96, 65536, False)),
@@ -56,14 +56,22 @@ def variants(
     common |= {"zeros_ptr": None} if symmetric else {}
     made: dict[str, tuple[Any, Constants, dict[str, int]]] = {}
 
-    wide = [("fused-wide", 512, WIDE, tiles.fused_tiles)] if traits.wgmma and not ragged else []
+    hopper = [("fused-96", 96, N, tiles.fused_tiles), ("fused-wide", 512, WIDE, tiles.fused_tiles)]
+    hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-plain", 512, N, tiles.plain_tiles)]
     for name, m, n, choose in (
         ("int4", 1, N, tiles.decode_tiles),
         ("int4-16", 16, N, tiles.decode_tiles),
         ("fused", 512, N, tiles.fused_tiles),
-        *wide,
+        *(hopper if traits.gluon and not ragged else []),
     ):
         t = choose(m, n, k, group_size, traits)
+        if isinstance(t, tiles.HopperTiles):
+            from twinweight.kernels.hopper import hopper_kernel
+
+            # Groups of 32 and K split: what no shape here that K of whole steps has would have.
+            other = {"GROUP": 32, "SPLIT_K": 3} if name == "fused-half" else {}
+            made[name] = (hopper_kernel, common | hopper_constants(t) | other, {"num_warps": t.num_warps})
+            continue
         made[name] = (
             fused._dot_kernel,
             common | dot_constants(t, common, traits, bias=not ragged, even=not ragged) | ({"SPLIT_K": 2} if ragged else {}),
@@ -85,6 +93,14 @@ def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTrai
     }  # fmt: skip
 
 
+def hopper_constants(t: tiles.HopperTiles) -> Constants:
+    """The constants of `hopper_kernel` that follow from tiles."""
+    return {
+        "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n, "SPLIT_K": t.split_k,
+        "GROUP_N": t.group_n,
+    }  # fmt: skip
+
+
 def compile_one(
     kernel: Any, constants: Constants, options: dict[str, int], dtype: str, target: GPUTarget, aligned: bool
 ) -> Any:
@@ -95,7 +111,11 @@ def compile_one(
         signature[name] = "constexpr" if name in constants else pointers.get(name, f"*{dtype}" if pointer else "i32")
         if name not in constants and (pointer or (aligned and name in ALIGNED)):
             attributes[(at,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return triton.compile(source(kernel, signature, constants, attributes), target=target, options=options)
 
 
 def _amd(code: str) -> dict[str, int]:
@@ -133,17 +153,25 @@ def _loop(lines: list[str]) -> list[str]:
 
 
 def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+
+        def output(*command: str) -> str:
+            return subprocess.run(
+                [tools / command[0], *command[1:], file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = output("cuobjdump", "-res-usage")
+        sass = output("nvdisasm", "-c") if "wgmma.mma_async" in ptx else ""
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return {
         "matrix": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "loose": _loose(ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
+        "unsettled": unsettled(sass),
         "load16": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx)),
         "trap": len(re.findall(r"^\s+trap;", ptx, re.M)),
         "registers": int(registers),
@@ -161,6 +189,40 @@ def _loose(ptx: str) -> int:
             waited = False
         elif waited and re.search(r"cp\.async\.c[ag]", line):
             found += 1
+    return found
+
+
+def unsettled(sass: str) -> int:
+    """Instructions that read sums of products, or write what products read from registers, while those may be in flight.
+
+    The loop is walked twice, so that its end is seen to be followed by its start.
+    """
+    lines = [re.sub(r"^.*\*/\s+", "", line).strip() for line in sass.splitlines()]
+    products = [at for at, line in enumerate(lines) if "HGMMA" in line]
+    if not products:
+        return 0
+    label = max(at for at in range(products[0]) if re.match(r"\.L_x_\d+:", lines[at]))
+    name = lines[label].rstrip(":")
+    jump = next(at for at in range(products[-1], len(lines)) if "BRA" in lines[at] and f"`({name})" in lines[at])
+    found, running, current = 0, [], (set(), set())  # of each group in flight: (registers read, sums)
+    for line in lines[label : jump + 1] * 2 + lines[jump + 1 :]:
+        if product := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+), R(\d+)", line):
+            size, sums, left = map(int, product.groups())
+            current[0].update(range(left, left + 4))
+            current[1].update(range(sums, sums + size // 2))
+            if "gsb0" in line:
+                running.append(current)
+                current = (set(), set())
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", line):
+            running = running[len(running) - int(wait.group(1)) :] if int(wait.group(1)) else []
+        else:
+            operands = re.sub(r"^@!?U?P\w+\s+", "", line).partition(" ")
+            touched = [int(r) for r in re.findall(r"\bR(\d+)\b", operands[2])]
+            written = set()
+            if touched and re.match(r"(?:U?P\d,\s*|PT,\s*)*R\d", operands[2]):  # the first operand is a register: written
+                wide = 4 if re.search(r"\.128|M88\.4", operands[0]) else 2 if re.search(r"\.64|WIDE|CS2R", operands[0]) else 1
+                written = set(range(touched[0], touched[0] + wide))
+            found += any(written & read or set(touched) & sums for read, sums in [*running, current])
     return found
 
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close, random_weight
-from tests.kernels.cases import CASES, DEVICE, LINEAR_TILES, WIDE_TILES, Case
+from tests.kernels.cases import CASES, DEVICE, HOPPER_TILES, LINEAR_TILES, ON_HOPPER, WIDE_TILES, Case
 from twinweight.kernels import gpu, reference
 from twinweight.kernels.decode import int4_linear
 from twinweight.kernels.fused import fused_linear
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import DotTiles
+from twinweight.kernels.tiles import DotTiles, HopperTiles
 
-Tiles = DotTiles | None
+Tiles = DotTiles | HopperTiles | None
 CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LINEAR_TILES.items()] + [
     pytest.param("fused", None, id="fused-chosen")
 ]
@@ -37,6 +37,12 @@ PAIRS += [
     for case in CASES
     for name, tiles in WIDE_TILES.items()
     if worth_it(case, tiles) and (case.group_size == case.k or case.group_size % (8 * tiles.block_words) == 0)
+]
+PAIRS += [
+    pytest.param(case, "fused", tiles, id=f"{case}-fused-{name}")
+    for case in CASES
+    for name, tiles in HOPPER_TILES.items()
+    if ON_HOPPER and case.k % 64 == 0 and not case.strided
 ]
 
 

@@ -88,23 +88,28 @@ class ExpandTiles:
 def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
     """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
 
-    NVIDIA: 64 output features a program, K split until there are more than three programs a multiprocessor; from 9 rows on
-    128 features where there are so many even then. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b,
-    M = 1 and 16, 26 November 2026 (`benchmarks/results/h200-tiles.json`): DECODE_LOSS. Scaling sums took 5 to 14 % less time
-    than scaling weights (H100, `h100-tiles-before.json`).
+    NVIDIA: 64 output features a program, K split until there are about three programs a multiprocessor. H200, the linears of
+    llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 16 and 32, 26 November 2026 (`benchmarks/results/h200-tiles.json`):
+    1.1 % slower in the mean than the best of 24 and more, 6 % at most. Scaling sums took 5 to 14 % less time than scaling
+    weights (H100, `h100-tiles-before.json`).
     """
     if traits.vendor == "amd":
         words = _block_words(k, group_size, most=8)
         split = _split_k(-(-n // 32) * -(-m // 16), -(-k // (8 * words)), 3.0 * traits.multiprocessors, least=4)
         stages = _stages(16, 32, words, k, group_size, traits, most=4)
         return DotTiles(16, 32, words, split, group_n=8, num_warps=2, num_stages=stages, scale_sums=True)
-    block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-    tiles_m, sms = -(-m // block_m), traits.multiprocessors
-    wide = m > 8 and -(-n // 128) * tiles_m >= (3 if m <= 16 else 1.5) * sms
-    block_n = 128 if wide else 64
+    block_m, sms = 8 if m <= 8 else 16 if m <= 16 else 32, traits.multiprocessors
+    tiles_m = -(-m // block_m)
+    programs = tiles_m * -(-n // 128)
+    # 16 rows: 128 features where they are so many; 32: where all programs of 128 run at once, and are not too few.
+    wide = m > 8 and (programs >= 3 * sms if m <= 16 else 1.5 * sms <= programs <= 3 * sms)
     words = _block_words(k, group_size, most=16)
-    split = _parts(-(-n // block_n) * tiles_m, -(-k // (8 * words)), 1 if wide else 3.3 * sms, least=4)
-    stages = _stages(block_m, block_n, words, k, group_size, traits, most=3 if m <= 16 else 4)
+    block_n, split = 128, 1
+    if not wide:
+        wanted, least = (3.3, 4) if m <= 16 else (2.9, 8)
+        block_n, programs = 64, tiles_m * -(-n // 64)
+        split = _parts(programs, -(-k // (8 * words)), wanted * sms, least=least)
+    stages = _stages(block_m, block_n, words, k, group_size, traits, most=4 if m > 16 and wide else 3)
     return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=4, num_stages=stages, scale_sums=True)
 
 
@@ -135,7 +140,8 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     A tile of 256 x 128 copies the fewest bytes a product, but there is one a multiprocessor: it is taken where few of them
     are left without one at the end. Else 64 or 128 features, by how full the last round is. K is split where there
     would be too few programs. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 64, 96, 128, 192, 256, 512,
-    26 November 2026 (`benchmarks/results/h200-tiles.json`): HOPPER_LOSS.
+    26 November 2026 (`benchmarks/results/h200-tiles.json`): 1.3 % slower in the mean
+    than the best of 6 to 42, 12 % at most.
     """
     steps, sms = k // 64, traits.multiprocessors
     sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
