@@ -23,8 +23,8 @@ _KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
 
 
 def paths(directory: Path) -> Path:
-    """Time of one weight by path against rows, on an H100."""
-    found = _read("h100-paths.json")
+    """Time of one weight by path against rows, on an H200."""
+    found = _read("h200-paths.json")
     records = [r for r in found["records"] if r["dtype"] == "bfloat16" and r["symmetric"]]
     return _save([path_panel(records, _N, _K, "MLP of Llama-3.1-8B", found["environment"]["gpu"])], directory / "paths.svg")
 
@@ -41,7 +41,8 @@ def path_panel(records: Sequence[dict[str, Any]], n: int, k: int, what: str, gpu
 
 def vllm(directory: Path) -> Path:
     """TTFT and TPOT through vLLM, off and on, at the points that were measured over either int4 kernel."""
-    records = [r for r in _read("h200-vllm.json")["records"] if r["model"] == _MODEL and r["mode"] in ("off", "on")]
+    found = _read("h200-vllm.json")["records"]
+    records = [r for r in found if r["model"] == _MODEL and r["mode"] in ("off", "on") and r["tp"] == 1]
     shared = set.intersection(*({_point(r) for r in records if r["inner_kernel"] == kernel} for kernel in _KERNELS))
     panels: list[canvas.Panel] = []
     for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
