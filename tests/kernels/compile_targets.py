@@ -66,11 +66,11 @@ def variants(
     ):
         t = choose(m, n, k, group_size, traits)
         if isinstance(t, tiles.HopperTiles):
-            from twinweight.kernels.hopper import hopper_kernel
+            from twinweight.kernels.hopper import hopper_dot_kernel
 
             # Groups of 32 and K split: what no shape here that K of whole steps has would have.
             other = {"GROUP": 32, "SPLIT_K": 3} if name == "fused-half" else {}
-            made[name] = (hopper_kernel, common | hopper_constants(t) | other, {"num_warps": t.num_warps})
+            made[name] = (hopper_dot_kernel, common | hopper_constants(t) | other, {"num_warps": t.num_warps})
             continue
         made[name] = (
             fused._dot_kernel,
@@ -94,7 +94,7 @@ def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTrai
 
 
 def hopper_constants(t: tiles.HopperTiles) -> Constants:
-    """The constants of `hopper_kernel` that follow from tiles."""
+    """The constants of `hopper_dot_kernel` that follow from tiles."""
     return {
         "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n, "SPLIT_K": t.split_k,
         "GROUP_N": t.group_n,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import twinweight.kernels
 from twinweight.roofline.kernels import kind_of_kernel, short
 from twinweight.roofline.ops import KINDS, VIEW, kind_of, takes_inputs
 
@@ -44,6 +48,15 @@ def test_ops(name: str, kind: str) -> None:
     assert kind_of(name) == kind
     assert kind in (*KINDS, VIEW)
     assert takes_inputs(name) == (kind != VIEW)
+
+
+def test_every_kernel_of_ours_is_known() -> None:
+    sources = (Path(twinweight.kernels.__file__).parent).glob("*.py")
+    names = {name for file in sources for name in re.findall(r"^def (\w*_kernel)\(", file.read_text(), re.M)}
+    assert {name: kind_of_kernel(name) for name in names} == {
+        "_dot_kernel": "w4a16", "hopper_dot_kernel": "w4a16", "_expand_kernel": "copy", "_rows_kernel": "elementwise",
+        "_groups_kernel": "elementwise", "_grid_kernel": None,  # makes a twin, once
+    }  # fmt: skip
 
 
 KERNELS = [

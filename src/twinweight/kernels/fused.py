@@ -263,9 +263,9 @@ def _plan(
     options = {"num_warps": t.num_warps}
     constants: tuple[object, ...]
     if isinstance(t, HopperTiles):
-        from .hopper import hopper_kernel
+        from .hopper import hopper_dot_kernel
 
-        kernel = hopper_kernel
+        kernel = hopper_dot_kernel
         constants = (
             group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, t.split_k, t.group_n, packed_as,
         )  # fmt: skip

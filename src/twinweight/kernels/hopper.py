@@ -67,7 +67,7 @@ def _store(sums, out_ptr, first_n, first_m, N, M, stride_out):
 
 
 @gluon.jit(do_not_specialize=["M"])
-def hopper_kernel(
+def hopper_dot_kernel(
     x_ptr,
     packed_ptr,
     scales_ptr,

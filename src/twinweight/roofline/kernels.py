@@ -37,7 +37,10 @@ _RULES: tuple[tuple[str, str], ...] = (
         r"slot_mapping|block_table|_apply_write|_prepare_|_post_update|_combine_sampled|_get_num_|tensor_kernel_scan|"
         r"masked_fill|cumsum|expand_kernel|contiguous",
     ),
-    ("elementwise", r"elementwise|reduce_kernel|silu|gelu|softmax|Softmax|_quant|scaled_fp8|pointwise|activation|swiglu"),
+    (
+        "elementwise",
+        r"elementwise|reduce_kernel|silu|gelu|softmax|Softmax|_quant|scaled_fp8|pointwise|activation|swiglu|_(rows|groups)_kernel",
+    ),
 )
 _COMPILED = tuple((kind, re.compile(rule)) for kind, rule in _RULES)
 
