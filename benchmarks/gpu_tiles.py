@@ -43,15 +43,8 @@ def candidates(m: int) -> list[DotTiles | HopperTiles]:
         if m > 16:
             found += [HopperTiles(32, 0, n, split, 8, 4) for n, split in itertools.product([64, 128], [1, 2, 3, 4, 6, 8])]
         return found
-    blocks = {
-        48: [(32, 16)],
-        64: [(64, 0)],
-        96: [(64, 32)],
-        128: [(128, 0), (64, 0)],
-        192: [(128, 64), (64, 32)],
-        384: [(128, 64)],
-    }
-    for rows, more in blocks.get(m, [(128, 0), (256, 0)]) + ([(128, 0)] if m == 384 else []):
+    two = {128: [(128, 0), (64, 0)], 192: [(128, 64), (64, 32)], 384: [(128, 64), (128, 0)]}
+    for rows, more in {48: [(32, 16)], 64: [(64, 0)], 96: [(64, 32)], **two}.get(m, [(128, 0), (256, 0)]):
         for n, warps in [(64, 4), (128, 8), (128, 4)] if rows + more <= 128 else [(64, 4), (128, 8)]:
             found += [HopperTiles(rows, more, n, split, 8, warps) for split in (1, 2, 3, 4, 6, 8)]
     return found

@@ -149,9 +149,9 @@ def time_variants(
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
 
-    wrap: turns the calls of one sample into what is timed, such as the replay of a graph, of which a GPU's host disturbs none.
-    seconds: so long after the first
-    size no further one is begun, beyond the coarsest grid that serves: some kernels are compiled for each size.
+    wrap: turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not disturb; None
+    times the calls as they are. seconds: so long after the first size no further one is begun, beyond the coarsest grid that
+    serves: some kernels are compiled for each size.
     """
     found: dict[int, dict[str, Timing]] = {}
     started = math.inf

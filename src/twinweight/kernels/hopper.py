@@ -41,6 +41,7 @@ def words_layout(rows, warps):
 
 @gluon.jit
 def _copy(smem, ptr, offs, inside):
+    """Begin to copy a tile into a buffer; what is not inside becomes zeros."""
     async_copy.async_copy_global_to_shared(smem, ptr + offs, mask=inside)
 
 

@@ -90,7 +90,7 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
 
     NVIDIA: 64 output features a program, K split until there are about three programs a multiprocessor. H200, the linears of
     llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 16 and 32, 26 November 2026 (`benchmarks/results/h200-tiles.json`):
-    1.1 % slower in the mean than the best of 24 and more, 6 % at most. Scaling sums took 5 to 14 % less time than scaling
+    1.1 % slower in the mean than the best of up to 36, 6 % at most. Scaling sums took 5 to 14 % less time than scaling
     weights (H100, `h100-tiles-before.json`).
     """
     if traits.vendor == "amd":
@@ -141,7 +141,7 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     are left without one at the end. Else 64 or 128 features, by how full the last round is. K is split where there
     would be too few programs. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 64, 96, 128, 192, 256, 512,
     26 November 2026 (`benchmarks/results/h200-tiles.json`): 1.3 % slower in the mean
-    than the best of 6 to 42, 12 % at most.
+    than the best of up to 36, 12 % at most.
     """
     steps, sms = k // 64, traits.multiprocessors
     sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]

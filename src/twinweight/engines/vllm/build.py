@@ -18,9 +18,11 @@ _CHECKED = 8  # identity rows that check an unpacked twin, spread over K
 _UNPACKED = 1 << 22  # weights expanded at a time: 40 MiB of temporaries
 
 
-def transient_bytes(n: int, k: int) -> int:
-    """Peak of temporaries while a twin [n, k] is filled: identity rows and their product, or a part unpacked."""
-    return max(identity.ROWS * (n + k) * 2, _UNPACKED * 10)
+def transient_bytes(n: int, k: int, *, lossy: bool = False) -> int:
+    """Peak of temporaries while a twin [n, k] is filled: identity rows and their product, or a part unpacked; for an 8-bit one
+    the dense weight besides, and its integers one a byte, twice, and packed.
+    """
+    return max(identity.ROWS * (n + k) * 2, _UNPACKED * 10) + (9 * n * k // 2 if lossy else 0)
 
 
 def allocate(kernel: TwinLinearKernel, kind: str) -> None:

@@ -93,7 +93,8 @@ class Life:
 
     def _plan(self) -> Plan:
         """The same on every rank: times are rank 0's and the budget is the least of all."""
-        transient = max((build.transient_bytes(k.n, k.k) for k in self.kernels.values()), default=0)
+        one_each = {kind_of(k): k for k in self.kernels.values()}.values()
+        transient = max((build.transient_bytes(k.n, k.k, lossy=bool(self._lossy(k))) for k in one_each), default=0)
         widest = max((max(k.n, k.k) for k in self.kernels.values()), default=0)
         reserves = (
             ("activations", _mib(self.config.activation_reserve_mib, lambda: compat.activation_bytes(self.worker, widest))),
