@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from twinweight.kernels.launch import COUNTERS
@@ -28,6 +28,7 @@ def is_power_of_two(x: int) -> bool:
     m=st.integers(1, 20000), n=st.integers(1, 130000), blocks=st.integers(1, 900), group=st.sampled_from([32, 64, 128, 0]),
     odd=st.sampled_from([0, 32]), traits=st.sampled_from([H200, A100, STRIX]), decode=st.booleans(),
 )  # fmt: skip
+@example(m=17281, n=15361, blocks=129, group=128, odd=0, traits=H200, decode=False)  # so many tiles that K must stay whole
 def test_tiles_are_legal(m: int, n: int, blocks: int, group: int, odd: int, traits: DeviceTraits, decode: bool) -> None:
     k = 128 * blocks + odd
     group_size = group if group and k % group == 0 else k

@@ -154,8 +154,8 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     if m > 192 and -(-m // 256) * 256 <= tiles_m * rows:
         programs = -(-m // 256) * -(-n // 128)
         for split in _SPLITS[:4]:
-            part = steps // split
-            if 56 <= part <= 256 and _filled(programs * split, sms) >= 0.9:
+            part = steps // split  # of few programs a long one is split further
+            if part >= 56 and (part <= 256 or programs >= 4 * sms) and _filled(programs * split, sms) >= 0.9:
                 return HopperTiles(256, 0, 128, split, group_n=8, num_warps=8)
     narrow, wide = tiles_m * -(-n // 64), tiles_m * -(-n // 128)
     if rows in (96, 128) and narrow >= 1.8 * sms and 1.08 * _filled(wide, 2 * sms) > _filled(narrow, 3 * sms):
