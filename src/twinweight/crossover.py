@@ -35,7 +35,8 @@ _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a ti
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 8, 64, 512, 8192 on a GPU
-_ENOUGH, _PATIENCE = 16, 0.1  # samples a size and path, and seconds a path for more than the least of them
+_ENOUGH = 16  # samples of a size and path
+_PATIENCE = {"cpu": 0.1, "gpu": 0.02}  # seconds a path for more than the least of them
 
 
 def grid(device: torch.device) -> tuple[int, ...]:
@@ -202,14 +203,14 @@ def time_rows(
     if device.type == "cpu":
         # Every call has a clock of its own, so that one disturbed call does not spoil the others.
         calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
-        return interleaved(calls, device=device, enough=enough, patience=_PATIENCE * len(calls), hopeless=_HOPELESS)
+        return interleaved(calls, device=device, enough=enough, patience=_PATIENCE["cpu"] * len(calls), hopeless=_HOPELESS)
     # Calls are repeated inside one sample: a clock around a short one measures the clock, one weight alone would stay in the
     # caches, and where the host launches each, the GPU would wait for it (`stream` twice).
     inner = max(1, min(16, (8192 if wrap is None else 2048) // m))
     runs = {name: _repeat(call, x, inner) for name, call in variants.items()}
     calls = {name: run if wrap is None else wrap(run) for name, run in runs.items()}
     # What is launched from here is only as fast as the host lets it be.
-    patience = _PATIENCE / 5 * len(calls) if wrap is None else 0.0
+    patience = _PATIENCE["gpu"] * len(calls) if wrap is None else 0.0
     times = interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)
     return {name: t.times(1 / inner) for name, t in times.items()}
 

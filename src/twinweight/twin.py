@@ -20,6 +20,9 @@ from twinweight.kernels.prepared import TILE_BYTES, KernelWeight
 LOSSY = {"int8": torch.int8, "fp8-row": torch.float8_e4m3fn, "fp8-exact": torch.float8_e4m3fn}
 """The 8-bit kinds and what their data is."""
 
+FROM_DENSE = ("fp8-row",)
+"""Of those, what `fill` also makes from a dense weight."""
+
 REQUESTS: Mapping[str, tuple[str, ...]] = {
     "dense": (), "int8": ("int8",), "fp8": ("fp8-exact", "fp8-row"), "fp8-exact": ("fp8-exact",), "fp8-row": ("fp8-row",),
 }  # fmt: skip
@@ -110,10 +113,19 @@ def kind_of(data: Tensor, scales: Tensor | None) -> str:
 
 
 @torch.no_grad()
-def fill(w: KernelWeight, data: Tensor, scales: Tensor | None) -> None:
-    """Write a twin in place from its int4 weight. Temporaries stay below 2 x TILE_BYTES."""
+def fill(w: KernelWeight | Tensor, data: Tensor, scales: Tensor | None) -> None:
+    """Write a twin in place from its int4 weight; one of `FROM_DENSE` also from the dense weight [N, K]. Temporaries stay
+    below 2 x TILE_BYTES.
+    """
     backend = backend_for(data.device)
-    if scales is None:
+    if isinstance(w, Tensor):
+        from twinweight.kernels import fp8
+
+        kind = kind_of(data, scales)
+        if scales is None or kind not in FROM_DENSE:
+            raise ValueError(f"w: expected an int4 weight for a twin of kind {kind}, found a dense one")
+        scales.copy_(fp8.row_twin(w, data)[1])
+    elif scales is None:
         backend.expand(w, data)
     elif data.dtype == torch.int8:
         step = max(64, TILE_BYTES // 16 // w.k // 64 * 64)

@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import random_weight
 from tests.kernels.cases import DEVICE
+from twinweight import twin
 from twinweight.errors import UnsupportedError
 from twinweight.kernels import fp8, gpu
 from twinweight.kernels.reference import linear as reference
@@ -101,3 +102,16 @@ def test_linear(m: int, bias: bool, dtype: torch.dtype) -> None:
     ):
         assert y.dtype == dtype
         assert float((y.double() - truth).norm() / truth.norm()) < 0.05
+
+
+def test_a_twin_from_the_dense_weight_is_the_same() -> None:
+    weight = random_weight(96, 256, 128).to(DEVICE)
+    found, again = (twin.empty("fp8-row", 96, 256, DEVICE) for _ in range(2))
+    twin.fill(gpu.prepare(weight), *found)
+    twin.fill(weight.dequantize(), *again)
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_other_kinds_need_the_integers() -> None:
+    with pytest.raises(ValueError, match="expected an int4 weight for a twin of kind fp8-exact, found a dense one"):
+        twin.fill(torch.zeros(16, 128).bfloat16(), *twin.empty("fp8-exact", 16, 128, torch.device("cpu")))

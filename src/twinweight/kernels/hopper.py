@@ -2,7 +2,7 @@
 
 Triton waits for a product whose left operand comes from registers before it unpacks the next (see `fused.py`). In Gluon, its
 lower level, the wait stands where it must: one step's products stay in flight while all warps unpack the next step, and end
-before the step after that writes their registers. Copies run two steps ahead, through `STAGES` buffers.
+before the step after that writes their registers. Copies run two steps ahead, through `_STAGES` buffers.
 
 Each buffer is an allocation of its own and the loop is unrolled over them: so the compiler sees that a copy into one does
 not meet a read of another, and one barrier a step is left.
@@ -21,10 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_tile, word_offset
 
-STAGES = 4
-"""Buffers. A copy goes into the one of two steps before, whose products have ended: so copies run STAGES - 2 steps ahead."""
-
-_STAGES = gl.constexpr(STAGES)
+_STAGES = gl.constexpr(4)
+"""Buffers. A copy goes into the one of two steps before, whose products have ended: so copies run _STAGES - 2 steps ahead."""
 
 
 @gluon.constexpr_function
@@ -65,6 +63,21 @@ def _store(sums, out_ptr, first_n, first_m, N, M, stride_out):
     m = first_m + gl.arange(0, sums.shape[1], gl.SliceLayout(0, OUT))
     offsets = m.to(gl.int64)[None, :] * stride_out + n[:, None]
     gl.store(out_ptr + offsets, y, mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@gluon.jit
+def _in_part(FEATURES: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, TILE_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where sums [FEATURES, ROWS] stand in a part of TILE_M rows, from row FIRST on."""
+    features = gl.arange(0, FEATURES, gl.SliceLayout(1, LAYOUT))[:, None] * TILE_M + FIRST
+    return features + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _sum_parts(parts_ptr, local, sums, PART: gl.constexpr, SPLIT_K: gl.constexpr):
+    """The sums of all parts, in a fixed order; sums: zeros."""
+    for i in gl.static_range(SPLIT_K):
+        sums += gl.load(parts_ptr + i * PART + local, cache_modifier=".cg")
+    return sums
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -204,25 +217,21 @@ def hopper_dot_kernel(
     else:
         mine = parts_ptr + pid.to(gl.int64) * (SPLIT_K * BLOCK_N * TILE_M)
         part = mine + gl.program_id(1) * (BLOCK_N * TILE_M)
-        local = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))[:, None] * TILE_M
-        local += gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))[None, :]
+        local = _in_part(BLOCK_N, 0, BLOCK_M, TILE_M, SUMS)
         gl.store(part + local, acc)
         if MORE_M:
-            local_more = gl.arange(0, BLOCK_N, gl.SliceLayout(1, MORE_SUMS))[:, None] * TILE_M + BLOCK_M
-            local_more += gl.arange(0, MORE_M, gl.SliceLayout(0, MORE_SUMS))[None, :]
+            local_more = _in_part(BLOCK_N, BLOCK_M, MORE_M, TILE_M, MORE_SUMS)
             gl.store(part + local_more, more)
         tl.debug_barrier()  # every thread's part is written before the one that counts it
         arrived = gl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
         if arrived == SPLIT_K - 1:
             gl.store(counters_ptr + pid, 0)  # ready for the next launch
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
-            for i in gl.static_range(SPLIT_K):
-                acc += gl.load(mine + i * (BLOCK_N * TILE_M) + local, cache_modifier=".cg")
+            acc = _sum_parts(mine, local, acc, BLOCK_N * TILE_M, SPLIT_K)
             acc += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, SUMS), HAS_BIAS)[:, None]
             _store(acc, out_ptr, first_n, first_m, N, M, stride_out)
             if MORE_M:
                 more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
-                for i in gl.static_range(SPLIT_K):
-                    more += gl.load(mine + i * (BLOCK_N * TILE_M) + local_more, cache_modifier=".cg")
+                more = _sum_parts(mine, local_more, more, BLOCK_N * TILE_M, SPLIT_K)
                 more += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, MORE_SUMS), HAS_BIAS)[:, None]
                 _store(more, out_ptr, first_n, first_m + BLOCK_M, N, M, stride_out)

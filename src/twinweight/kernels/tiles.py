@@ -108,7 +108,7 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     if not wide:
         wanted, least = (3.3, 4) if m <= 16 else (2.9, 8)
         block_n, programs = 64, tiles_m * -(-n // 64)
-        split = _parts(programs, -(-k // (8 * words)), wanted * sms, least=least)
+        split = _split_k(programs, -(-k // (8 * words)), wanted * sms, least=least, of=_SPLITS)
     stages = _stages(block_m, block_n, words, k, group_size, traits, most=4 if m > 16 and wide else 3)
     return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=4, num_stages=stages, scale_sums=True)
 
@@ -140,15 +140,14 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     A tile of 256 x 128 copies the fewest bytes a product, but there is one a multiprocessor: it is taken where few of them
     are left without one at the end. Else 64 or 128 features, by how full the last round is. K is split where there
     would be too few programs. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 64, 96, 128, 192, 256, 512,
-    26 November 2026 (`benchmarks/results/h200-tiles.json`): 1.3 % slower in the mean
-    than the best of up to 36, 12 % at most.
+    26 November 2026 (`benchmarks/results/h200-tiles.json`): 1.3 % slower in the mean than the best of up to 36, 12 % at most.
     """
     steps, sms = k // 64, traits.multiprocessors
-    sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
     if m <= 192:
+        sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
         block_m, more_m = next(size for size in sizes if sum(size) >= m)
-    else:
-        block_m, more_m = min(sizes[:2:-1], key=lambda size: -(-m // sum(size)) * sum(size))
+    else:  # the fewest rows past the end
+        block_m, more_m = min([(128, 64), (128, 0)], key=lambda size: -(-m // sum(size)) * sum(size))
     rows = block_m + more_m
     tiles_m = -(-m // rows)
     if m > 192 and -(-m // 256) * 256 <= tiles_m * rows:
@@ -161,11 +160,11 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
     if rows in (96, 128) and narrow >= 1.8 * sms and 1.08 * _filled(wide, 2 * sms) > _filled(narrow, 3 * sms):
         return HopperTiles(block_m, more_m, 128, 1, group_n=8, num_warps=8)
     if rows <= 64:
-        split = _parts(narrow, steps, 3.3 * sms, least=16)
+        split = _split_k(narrow, steps, 3.3 * sms, least=16, of=_SPLITS)
     elif rows == 192:
-        split = _parts(narrow, steps, 1.6 * sms, least=28 if 2 * narrow <= sms else 40, most=2 * sms)
+        split = _split_k(narrow, steps, 1.6 * sms, least=28 if 2 * narrow <= sms else 40, most=2 * sms, of=_SPLITS)
     else:
-        split = _parts(narrow, steps, 1.8 * sms, least=28 if m <= 192 else 48)
+        split = _split_k(narrow, steps, 1.8 * sms, least=28 if m <= 192 else 48, of=_SPLITS)
     return HopperTiles(block_m, more_m, 64, split, group_n=8, num_warps=4)
 
 
@@ -186,13 +185,18 @@ def _block_words(k: int, group_size: int, *, most: int) -> int:
     return words
 
 
+_DOUBLED = (1, 2, 4, 8, 16)
 _SPLITS = (1, 2, 3, 4, 6, 8)
 
 
-def _parts(programs: int, steps: int, wanted: float, *, least: int, most: float = math.inf) -> int:
-    """Parts of K: of `_SPLITS`, so that `wanted` programs run, but not more than `most`, each with `least` steps or more."""
+def _split_k(
+    programs: int, steps: int, wanted: float, *, least: int, most: float = math.inf, of: tuple[int, ...] = _DOUBLED
+) -> int:
+    """Parts of K: `of` these few, which bounds compilations, so that `wanted` programs run, but not more than `most`, each
+    with `least` steps or more.
+    """
     split = 1
-    for more in _SPLITS[1:]:
+    for more in of[1:]:
         if programs * split >= wanted or steps // more < least or programs * more > most:
             break
         split = more
@@ -202,14 +206,6 @@ def _parts(programs: int, steps: int, wanted: float, *, least: int, most: float 
 def _filled(programs: int, at_once: int) -> float:
     """How full the rounds are in which `programs` run, `at_once` a round."""
     return programs / (at_once * -(-programs // at_once))
-
-
-def _split_k(programs: int, steps: int, wanted: float, *, least: int) -> int:
-    """Parts of K so that `wanted` programs run, each with `least` steps or more; a power of two to bound compilations."""
-    split = 1
-    while programs * split < wanted and steps // (2 * split) >= least and split < 16:
-        split *= 2
-    return split
 
 
 def _stages(block_m: int, block_n: int, words: int, k: int, group_size: int, traits: DeviceTraits, *, most: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from twinweight import twin as twins
 from twinweight.engines.vllm import identity, own
 from twinweight.engines.vllm.layout import CpuLayout
+from twinweight.kernels.prepared import KernelWeight
 
 if TYPE_CHECKING:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
@@ -42,22 +43,26 @@ def fill(kernel: TwinLinearKernel) -> None:
     twin = kernel.twin
     if twin is None:
         return
-    if twins.kind_of(twin, kernel.twin_scales) == "fp8-row" and kernel.own is None:
-        from twinweight.kernels import fp8
-
-        assert kernel.twin_scales is not None
-        kernel.twin_scales.copy_(fp8.row_twin(identity.dense(kernel), twin)[1])
-    elif kernel.twin_scales is not None:
-        weight = kernel.own or own.make(kernel, exact=False)
-        if weight is None:
-            raise RuntimeError(f"the int4 weight behind {type(kernel.inner).__name__} cannot be read back")
-        twins.fill(weight, twin, kernel.twin_scales)
+    if kernel.twin_scales is not None:
+        twins.fill(_source(kernel, twins.kind_of(twin, kernel.twin_scales)), twin, kernel.twin_scales)
     elif not _unpack_cpu(kernel, twin) or not is_exact(kernel):
         identity.fill(kernel, twin)
     if kernel.twin_bias is not None:
         zero = torch.zeros(1, kernel.k, dtype=kernel.dtype, device=twin.device)
         kernel.twin_bias.copy_(kernel.inner_linear(zero, kernel.layer.bias)[0])
     kernel.fresh = True
+
+
+def _source(kernel: TwinLinearKernel, kind: str) -> KernelWeight | Tensor:
+    """What an 8-bit twin is made from: an own copy, else the dense weight where that will do, else integers read back."""
+    if kernel.own is not None:
+        return kernel.own
+    if kind in twins.FROM_DENSE:
+        return identity.dense(kernel)
+    weight = own.make(kernel, exact=False)
+    if weight is None:
+        raise RuntimeError(f"the int4 weight behind {type(kernel.inner).__name__} cannot be read back")
+    return weight
 
 
 @torch.inference_mode()

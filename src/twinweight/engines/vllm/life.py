@@ -93,8 +93,8 @@ class Life:
 
     def _plan(self) -> Plan:
         """The same on every rank: times are rank 0's and the budget is the least of all."""
-        one_each = {kind_of(k): k for k in self.kernels.values()}.values()
-        transient = max((build.transient_bytes(k.n, k.k, lossy=bool(self._lossy(k))) for k in one_each), default=0)
+        layers = self._one_of_each().values()
+        transient = max((build.transient_bytes(k.n, k.k, lossy=bool(self._lossy(k))) for k in layers), default=0)
         widest = max((max(k.n, k.k) for k in self.kernels.values()), default=0)
         reserves = (
             ("activations", _mib(self.config.activation_reserve_mib, lambda: compat.activation_bytes(self.worker, widest))),
@@ -111,11 +111,14 @@ class Life:
         rows = compat.draft_rows(self.worker)
         least = rows + 1 if rows > 1 else 0
         given = self.config.crossover
-        kernels = {kind_of(kernel): kernel for kernel in self.kernels.values()}
+        kernels = self._one_of_each()
         offers = {kind: measure.offer(k, measured.get(kind), given, least, self._lossy(k)) for kind, k in kernels.items()}
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
             log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
         return offers
+
+    def _one_of_each(self) -> dict[Kind, TwinLinearKernel]:
+        return {kind_of(kernel): kernel for kernel in self.kernels.values()}
 
     def _kinds(self, kernel: TwinLinearKernel) -> tuple[list[str], list[str]]:
         """Of the 8-bit kinds of twins asked for: those that a layer can have, and why not the others."""
