@@ -3,7 +3,7 @@
     python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--models llama-3.1-8b] [--rows 16 64 512]
 
 Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
-{"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}, the 24 fastest of each shape and M. Prints three of them.
+{"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}, the 40 fastest of each shape and M. Prints three of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ import triton
 from gpu_paths import LINEARS
 from gpu_timing import capture, copies_of, interleaved
 
-from twinweight.kernels import gpu
+from twinweight.kernels import device, gpu, tiles
 from twinweight.kernels.expand import expand
 from twinweight.kernels.fused import fused_linear
 from twinweight.kernels.prepared import KernelWeight
@@ -33,27 +33,21 @@ from twinweight.weight import Int4Weight
 ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
-def candidates(m: int) -> list[DotTiles | HopperTiles]:
-    """What may be good for m rows; of what was slower than these everywhere on an H200 nothing is left."""
-    found: list[DotTiles | HopperTiles] = []
-    if m <= 32:
-        block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-        grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
-        found += [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
-        if m > 16:
-            found += [HopperTiles(32, 0, n, split, 8, 4) for n, split in itertools.product([64, 128], [1, 2, 3, 4, 6, 8])]
-        return found
-    two = {128: [(128, 0), (64, 0)], 192: [(128, 64), (64, 32)], 384: [(128, 64), (128, 0)]}
-    for rows, more in {48: [(32, 16)], 64: [(64, 0)], 96: [(64, 32)], **two}.get(m, [(128, 0), (256, 0)]):
-        for n, warps in [(64, 4), (128, 8), (128, 4)] if rows + more <= 128 else [(64, 4), (128, 8)]:
-            found += [HopperTiles(rows, more, n, split, 8, warps) for split in (1, 2, 3, 4, 6, 8)]
-    return found
-
-
-def fits(t: DotTiles | HopperTiles, m: int, n: int) -> bool:
-    """Whether the GPU would be half full at least, and splitting K is not for nothing."""
-    tiles = -(-m // t.rows) * -(-n // t.block_n)
-    return 66 <= tiles * t.split_k and (t.split_k == 1 or tiles * t.split_k <= 1200)
+def candidates(m: int, n: int, k: int) -> list[DotTiles | HopperTiles]:
+    """What may be good for m rows: for few, of what was not slower than these everywhere on an H200; for more, the best of each
+    kind by the model in `tiles.py`.
+    """
+    if m > 32:
+        modelled = tiles.hopper_candidates(m, n, k, device.traits_of(torch.device("cuda", 0)))
+        by_kind: dict[object, list[DotTiles | HopperTiles]] = {}
+        for us, t in modelled:
+            if us < 1.35 * modelled[0][0]:
+                by_kind.setdefault((t.block_m, t.more_m, t.block_n, t.registers), []).append(t)
+        return [t for found in by_kind.values() for t in found[:6]]
+    block_m = 8 if m <= 8 else 16 if m <= 16 else 32
+    grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
+    found = [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
+    return [t for t in found if 66 <= -(-m // t.rows) * -(-n // t.block_n) * t.split_k <= (1200 if t.split_k > 1 else 1 << 30)]
 
 
 def expand_candidates() -> list[ExpandTiles]:
@@ -70,18 +64,22 @@ def random_weight(n: int, k: int, seed: int = 0) -> Int4Weight:
     return Int4Weight(words, scales, None, None, 128, k)
 
 
+def _compiled_as(t: DotTiles | HopperTiles) -> DotTiles | HopperTiles:
+    """Tiles whose kernel is the same, for a small weight."""
+    return replace(t, whole=0, split_k=min(2, t.split_k)) if isinstance(t, HopperTiles) else t
+
+
 def compile_one(job: tuple[int, DotTiles | HopperTiles | ExpandTiles]) -> str | None:
     """In a worker: compiles into Triton's cache by one launch on a small weight; the error where there is one."""
-    m, tiles = job
+    m, t = job
     try:
         w = gpu.prepare(random_weight(256, 4096))
-        if isinstance(tiles, ExpandTiles):
+        if isinstance(t, ExpandTiles):
             out = torch.empty(256, 4096, device="cuda", dtype=torch.bfloat16)
-            expand(w.packed, w.scales, None, None, out, group_size=128, tiles=tiles)
+            expand(w.packed, w.scales, None, None, out, group_size=128, tiles=t)
             return None
-        fused_linear(
-            torch.randn(m, 4096, device="cuda").bfloat16(), w.packed, w.scales, None, None, group_size=128, tiles=tiles
-        )
+        x = torch.randn(m, 4096, device="cuda").bfloat16()
+        fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
         torch.cuda.synchronize()
     except Exception as error:  # reported, and the candidate dropped
         return f"{type(error).__name__}: {error}"[:200]
@@ -93,14 +91,14 @@ def expansions(n: int, k: int, weights: list[KernelWeight]) -> list[dict[str, ob
     outs = [torch.empty(n, k, device="cuda", dtype=torch.bfloat16) for _ in weights]
     truth = random_weight(n, k).dequantize()
     graphs = {}
-    for tiles in expand_candidates():
+    for t in expand_candidates():
         calls = [
-            lambda w=w, out=out, t=tiles: expand(w.packed, w.scales, None, None, out, group_size=128, tiles=t)
+            lambda w=w, out=out, t=t: expand(w.packed, w.scales, None, None, out, group_size=128, tiles=t)
             for w, out in zip(weights, outs, strict=True)
         ]
         if not torch.equal(calls[0](), truth):
-            print("WRONG", n, k, tiles)
-        graphs[tiles] = capture(calls)
+            print("WRONG", n, k, t)
+        graphs[t] = capture(calls)
     best = sorted(((min(s), t) for t, s in interleaved(graphs, rounds=5).items()), key=lambda pair: pair[0])
     moved = n * k * (2.5 + 2 / 128)
     for us, t in best[:5]:
@@ -126,7 +124,9 @@ def main() -> None:
     p.add_argument("--models", nargs="+", default=["llama-3.1-8b"], choices=LINEARS)
     a = p.parse_args()
     begun = time.monotonic()
-    jobs = list({(1 if m == 1 else 8 if m % 16 else 16, t): None for m in a.rows for t in candidates(m)})
+    shapes = [shape for model in a.models for shape in LINEARS[model]]
+    wanted = {(m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k)}
+    jobs = list(dict.fromkeys((1 if m == 1 else 8 if m % 16 else 16, _compiled_as(t)) for m, t in wanted))
     if a.workers:
         with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
             failed = [e for e in pool.map(compile_one, jobs + [(16, t) for t in expand_candidates()], chunksize=1) if e]
@@ -136,7 +136,7 @@ def main() -> None:
     if a.compile_only:
         return
     records = []
-    for n, k in (shape for model in a.models for shape in LINEARS[model]):
+    for n, k in shapes:
         weights = [gpu.prepare(random_weight(n, k, seed)) for seed in range(copies_of(n * k // 2))]
         dense = random_weight(n, k).dequantize().float()
         records += expansions(n, k, weights)
@@ -146,25 +146,23 @@ def main() -> None:
             x = torch.randn(m, k, device="cuda").bfloat16()
             truth = x.float() @ dense.t()
             graphs = {}
-            for tiles in candidates(m):
-                if not fits(tiles, m, n):
-                    continue
+            for t in candidates(m, n, k):
                 calls = [
-                    lambda w=w, t=tiles, x=x: fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
+                    lambda w=w, t=t, x=x: fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
                     for w in weights
                 ]
                 try:
                     error = float((calls[0]().float() - truth).norm() / truth.norm())
                 except Exception as problem:  # more shared memory than there is, say
-                    print("fails:", tiles, repr(problem)[:100])
+                    print("fails:", t, repr(problem)[:100])
                     continue
                 if not error < 1e-2:
-                    print("WRONG", n, k, m, tiles, error)
+                    print("WRONG", n, k, m, t, error)
                     continue
-                graphs[tiles] = capture(calls, max(1, min(len(calls), 2048 // m)))
+                graphs[t] = capture(calls, max(1, min(len(calls), 2048 // m)))
             samples = interleaved(graphs, rounds=3, warm=1)
             best = sorted(((min(s), t) for t, s in samples.items()), key=lambda pair: pair[0])
-            records += [{"n": n, "k": k, "m": m, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best[:24]]
+            records += [{"n": n, "k": k, "m": m, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best[:40]]
             for us, t in best[:3]:
                 rate = (
                     f"{2 * m * n * k / us / 1e6:.0f} TFLOP/s" if m >= 32 else f"{n * k * (0.5 + 2 / 128) / us / 1e6:.2f} TB/s"

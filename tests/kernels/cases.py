@@ -71,6 +71,7 @@ HOPPER_TILES = {
     "hopper": HopperTiles(64, 0, 64, split_k=1, group_n=8, num_warps=4),
     "hopper-two-sums": HopperTiles(32, 16, 128, split_k=1, group_n=2, num_warps=8),
     "hopper-split": HopperTiles(128, 64, 64, split_k=3, group_n=8, num_warps=4),
+    "hopper-rest": HopperTiles(64, 0, 64, split_k=2, group_n=8, num_warps=4, whole=1),
     "hopper-wide": HopperTiles(128, 0, 256, split_k=1, group_n=8, num_warps=8),
 }
 """For K in whole blocks of 64 columns, and rows of x that are aligned."""

@@ -57,20 +57,22 @@ def variants(
     made: dict[str, tuple[Any, Constants, dict[str, int]]] = {}
 
     hopper = [("fused-96", 96, N, tiles.fused_tiles), ("fused-wide", 512, WIDE, tiles.fused_tiles)]
-    hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-plain", 512, N, tiles.plain_tiles)]
+    hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-capped", 128, WIDE, tiles.fused_tiles)]
+    hopper += [("fused-plain", 512, N, tiles.plain_tiles)]
     for name, m, n, choose in (
         ("int4", 1, N, tiles.decode_tiles),
         ("int4-16", 16, N, tiles.decode_tiles),
         ("fused", 512, N, tiles.fused_tiles),
         *(hopper if traits.gluon and not ragged else []),
     ):
-        t = choose(m, n, k, group_size, traits)
+        t = choose(m, n, k, group_size, traits, not symmetric)
         if isinstance(t, tiles.HopperTiles):
             from twinweight.kernels.hopper import hopper_dot_kernel
 
             # Groups of 32 and K split: what no shape here that K of whole steps has would have.
-            other = {"GROUP": 32, "SPLIT_K": 3} if name == "fused-half" else {}
-            made[name] = (hopper_dot_kernel, common | hopper_constants(t) | other, {"num_warps": t.num_warps})
+            other = {"GROUP": 32, "SPLITS": True} if name == "fused-half" else {}
+            options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
+            made[name] = (hopper_dot_kernel, common | hopper_constants(t) | other, options)
             continue
         made[name] = (
             fused._dot_kernel,
@@ -96,8 +98,8 @@ def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTrai
 def hopper_constants(t: tiles.HopperTiles) -> Constants:
     """The constants of `hopper_dot_kernel` that follow from tiles."""
     return {
-        "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n, "SPLIT_K": t.split_k,
-        "GROUP_N": t.group_n,
+        "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n,
+        "SPLITS": t.split_k > 1, "GROUP_N": t.group_n,
     }  # fmt: skip
 
 
@@ -171,7 +173,9 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "loose": _loose(ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
+        "loop_spills": sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in _product_loop(sass)[0]),
         "unsettled": unsettled(sass),
+        "serialized": serialized(ptx, sass),
         "load16": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx)),
         "trap": len(re.findall(r"^\s+trap;", ptx, re.M)),
         "registers": int(registers),
@@ -192,20 +196,32 @@ def _loose(ptx: str) -> int:
     return found
 
 
+def _product_loop(sass: str) -> tuple[list[str], list[str]]:
+    """The instructions of the loop that holds Hopper's products, and those after it; nothing where there are no products."""
+    lines = [re.sub(r"^.*\*/\s+", "", line).strip() for line in sass.splitlines()]
+    products = [at for at, line in enumerate(lines) if "HGMMA" in line]
+    if not products:
+        return [], []
+    label = max(at for at in range(products[0]) if re.match(r"\.L_x_\d+:", lines[at]))
+    name = lines[label].rstrip(":")
+    jump = next(at for at in range(products[-1], len(lines)) if "BRA" in lines[at] and f"`({name})" in lines[at])
+    return lines[label : jump + 1], lines[jump + 1 :]
+
+
+def serialized(ptx: str, sass: str) -> int:
+    """Waits for all products that ptxas added: it does where it cannot tell what else writes their sums (C7510 to C7519)."""
+    asked = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+0", ptx)
+    return len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass)) - len(asked)
+
+
 def unsettled(sass: str) -> int:
     """Instructions that read sums of products, or write what products read from registers, while those may be in flight.
 
     The loop is walked twice, so that its end is seen to be followed by its start.
     """
-    lines = [re.sub(r"^.*\*/\s+", "", line).strip() for line in sass.splitlines()]
-    products = [at for at, line in enumerate(lines) if "HGMMA" in line]
-    if not products:
-        return 0
-    label = max(at for at in range(products[0]) if re.match(r"\.L_x_\d+:", lines[at]))
-    name = lines[label].rstrip(":")
-    jump = next(at for at in range(products[-1], len(lines)) if "BRA" in lines[at] and f"`({name})" in lines[at])
+    loop, after = _product_loop(sass)
     found, running, current = 0, [], (set(), set())  # of each group in flight: (registers read, sums)
-    for line in lines[label : jump + 1] * 2 + lines[jump + 1 :]:
+    for line in loop * 2 + after:
         if product := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+), R(\d+)", line):
             size, sums, left = map(int, product.groups())
             current[0].update(range(left, left + 4))

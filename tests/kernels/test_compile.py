@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent / "compile_targets.py"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1151", "gfx1201")
 MATRIX = {"sm_90": "wgmma", "gfx942": "mfma", "gfx1100": "wmma", "gfx1151": "wmma", "gfx1201": "wmma"}
 KERNELS = {"int4", "int4-16", "fused", "expand"}
-HOPPER = {"fused-96", "fused-wide", "fused-half", "fused-plain"}
+HOPPER = {"fused-96", "fused-wide", "fused-half", "fused-capped", "fused-plain"}
 
 Row = dict[str, Any]
 
@@ -53,7 +53,10 @@ def test_every_kernel_compiles(target: str, compiled: dict[str, list[Row]]) -> N
     assert {row["symmetric"] for row in rows} == {True, False}
     for row in rows:
         assert row.get("trap", 0) == 0, row  # how Triton compiles what does not fit Blackwell's tensor memory
-        assert row["spills"] <= (32 if target.startswith("sm") else 0), row
+        # Hopper's products may leave some outside of their loop: they hold sums of up to 128 registers a lane.
+        assert row["spills"] <= (160 if row["kernel"] in HOPPER | {"fused"} else 32) * target.startswith("sm"), row
+        capped = row["kernel"] == "fused-capped" and row["symmetric"]  # 128 registers; with zero points another size is taken
+        assert row.get("loop_spills", 0) <= (2 * 4 if capped else 0), row  # 4 steps a turn
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -78,6 +81,12 @@ def test_products_in_flight_are_left_alone(compiled: dict[str, list[Row]]) -> No
     assert plain
     assert all(row["running"] == 0 for row in plain)
     assert all(row["loose"] == 0 for row in plain if row["shape"] == "g128")
+
+
+def test_products_are_left_to_run(compiled: dict[str, list[Row]]) -> None:
+    """Where sums could be written outside the loop's products, ptxas waits after each: a third of the rate was lost so."""
+    rows = [row for row in compiled["sm_90"] if row["kernel"] in HOPPER | {"fused"} and row["shape"] == "g128"]
+    assert all(row["serialized"] == 0 for row in rows if row["running"]), rows
 
 
 LOOP = """

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from twinweight.kernels.launch import COUNTERS
-from twinweight.kernels.tiles import DeviceTraits, DotTiles, HopperTiles, decode_tiles, fused_tiles
+from twinweight.kernels.tiles import MOST_PARTS, DeviceTraits, DotTiles, HopperTiles, decode_tiles, fused_tiles
 
 H200 = DeviceTraits("nvidia", 32, 132, 232448, rounds_bf16=True, ptx=True, wgmma=True, gluon=True)
 A100 = DeviceTraits("nvidia", 32, 108, 166912, rounds_bf16=True, ptx=True)
@@ -27,16 +27,21 @@ def is_power_of_two(x: int) -> bool:
 @given(
     m=st.integers(1, 20000), n=st.integers(1, 130000), blocks=st.integers(1, 900), group=st.sampled_from([32, 64, 128, 0]),
     odd=st.sampled_from([0, 32]), traits=st.sampled_from([H200, A100, STRIX]), decode=st.booleans(),
+    zeros=st.booleans(),
 )  # fmt: skip
-@example(m=17281, n=15361, blocks=129, group=128, odd=0, traits=H200, decode=False)  # so many tiles that K must stay whole
-def test_tiles_are_legal(m: int, n: int, blocks: int, group: int, odd: int, traits: DeviceTraits, decode: bool) -> None:
+@example(
+    m=17281, n=15361, blocks=129, group=128, odd=0, traits=H200, decode=False, zeros=False
+)  # so many tiles that K must stay whole
+def test_tiles_are_legal(
+    m: int, n: int, blocks: int, group: int, odd: int, traits: DeviceTraits, decode: bool, zeros: bool
+) -> None:
     k = 128 * blocks + odd
     group_size = group if group and k % group == 0 else k
-    t = (decode_tiles if decode else fused_tiles)(m, n, k, group_size, traits)
+    t = (decode_tiles if decode else fused_tiles)(m, n, k, group_size, traits, zeros)
     steps = -(-k // (64 if isinstance(t, HopperTiles) else 8 * t.block_words))
     assert 1 <= t.split_k <= steps
-    programs = -(-m // t.rows) * -(-n // t.block_n)
-    assert t.split_k == 1 or programs <= COUNTERS
+    split = -(-m // t.rows) * -(-n // t.block_n) - (t.whole if isinstance(t, HopperTiles) else 0)
+    assert 1 <= split <= (COUNTERS if t.split_k > 1 else split)
     assert is_power_of_two(t.block_m)
     assert is_power_of_two(t.block_n)
     if isinstance(t, HopperTiles):
@@ -46,6 +51,8 @@ def test_tiles_are_legal(m: int, n: int, blocks: int, group: int, odd: int, trai
         assert t.more_m == 0 or (is_power_of_two(t.more_m) and t.more_m < t.block_m)
         assert t.rows * t.block_n // t.num_warps <= 4096  # sums of 128 registers a lane
         assert t.block_n >= 16 * t.num_warps
+        assert t.split_k <= MOST_PARTS
+        assert t.registers % 8 == 0
     else:
         assert t.block_words == 8 or group_size == k or group_size % (8 * t.block_words) == 0
 

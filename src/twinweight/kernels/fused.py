@@ -45,7 +45,7 @@ from .unpack import (
 )
 
 Tiles = DotTiles | HopperTiles
-Choose = Callable[[int, int, int, int, DeviceTraits], Tiles]
+Choose = Callable[[int, int, int, int, DeviceTraits, bool], Tiles]
 
 
 @triton.jit
@@ -247,27 +247,34 @@ def _plan(
     if m == 0 or n == 0:
         return Plan((m, n), None)
     traits = traits_of(x.device)
-    t = tiles or choose(m, n, k, group_size, traits)
+    t = tiles or choose(m, n, k, group_size, traits, zeros is not None)
     if isinstance(t, HopperTiles) and (k % 64 or x.stride(0) % 16 or x.data_ptr() % 16):
         if tiles is not None:
             raise ValueError(f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}")
-        t = plain_tiles(m, n, k, group_size, traits)
-    programs = -(-m // t.rows) * -(-n // t.block_n)
-    if t.split_k > 1 and programs > COUNTERS:
-        raise ValueError(f"split_k: expected 1 for more than {COUNTERS} tiles, found {t.split_k} for {programs}")
+        t = plain_tiles(m, n, k, group_size, traits, zeros is not None)
+    whole = t.whole if isinstance(t, HopperTiles) else 0
+    split = -(-m // t.rows) * -(-n // t.block_n) - whole
+    if split < 0 or (t.split_k > 1 and split > COUNTERS):
+        raise ValueError(f"tiles: expected up to {COUNTERS} of split K, found {split} of {split + whole}, in {t.split_k} parts")
+    parts = split * t.split_k if t.split_k > 1 else 0
     group = group_columns(group_size, groups)
     stride_out = out.stride(0) if out is not None else n
     packed_as = packing(x.dtype, scales.dtype, traits)
-    integers = (m, n, k, words, groups, x.stride(0), stride_out)
+    integers: tuple[int, ...] = (m, n, k, words, groups, x.stride(0), stride_out)
     kernel: Any = _dot_kernel
+    grid = (split, t.split_k, 1)
     options = {"num_warps": t.num_warps}
     constants: tuple[object, ...]
     if isinstance(t, HopperTiles):
         from .hopper import hopper_dot_kernel
 
         kernel = hopper_dot_kernel
+        grid = (whole + split * t.split_k, 1, 1)
+        integers = (*integers, whole, t.split_k)
+        options |= {"maxnreg": t.registers} if t.registers else {}
         constants = (
-            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, t.split_k, t.group_n, packed_as,
+            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, parts > 0, t.group_n,
+            packed_as,
         )  # fmt: skip
     else:
         check_step(t.block_words, group)
@@ -278,5 +285,5 @@ def _plan(
             group, zeros is not None, bias is not None, *even, t.block_m, t.block_n, t.block_words, t.split_k, t.group_n,
             scale_sums, settle, packed_as, traits.rounds_bf16,
         )  # fmt: skip
-    launch = Launch(kernel, (programs, t.split_k, 1), integers, constants, options, x.device)
-    return Plan((m, n), launch, programs * t.split_k * t.rows * t.block_n if t.split_k > 1 else 0)
+    launch = Launch(kernel, grid, integers, constants, options, x.device)
+    return Plan((m, n), launch, parts * t.rows * t.block_n)

@@ -19,10 +19,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from .tiles import MOST_PARTS
 from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_tile, word_offset
 
 _STAGES = gl.constexpr(4)
 """Buffers. A copy goes into the one of two steps before, whose products have ended: so copies run _STAGES - 2 steps ahead."""
+_PARTS = gl.constexpr(MOST_PARTS)
 
 
 @gluon.constexpr_function
@@ -66,21 +68,25 @@ def _store(sums, out_ptr, first_n, first_m, N, M, stride_out):
 
 
 @gluon.jit
-def _in_part(FEATURES: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, TILE_M: gl.constexpr, LAYOUT: gl.constexpr):
-    """Where sums [FEATURES, ROWS] stand in a part of TILE_M rows, from row FIRST on."""
-    features = gl.arange(0, FEATURES, gl.SliceLayout(1, LAYOUT))[:, None] * TILE_M + FIRST
-    return features + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
+def _in_part(FEATURES: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Where sums [FEATURES, ROWS] stand in a part, which holds FIRST rows before them: what one instruction stores of a warp's
+    sums, 8 bytes a lane, lies side by side.
+    """
+    n = gl.arange(0, FEATURES, gl.SliceLayout(1, LAYOUT))[:, None]
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
+    lane = n % 8 * 8 + m % 8
+    return FIRST * FEATURES + ((m // 8 * 2 + n // 8 % 2) * (FEATURES // 16) + n // 16) * 64 + lane
 
 
 @gluon.jit
-def _sum_parts(parts_ptr, local, sums, PART: gl.constexpr, SPLIT_K: gl.constexpr):
+def _sum_parts(parts_ptr, local, sums, PART: gl.constexpr, split):
     """The sums of all parts, in a fixed order; sums: zeros."""
-    for i in gl.static_range(SPLIT_K):
-        sums += gl.load(parts_ptr + i * PART + local, cache_modifier=".cg")
+    for i in gl.static_range(_PARTS):
+        sums += gl.load(parts_ptr + i * PART + local, mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
     return sums
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "whole", "split"])
 def hopper_dot_kernel(
     x_ptr,
     packed_ptr,
@@ -97,17 +103,20 @@ def hopper_dot_kernel(
     G,
     stride_x,
     stride_out,
+    whole,
+    split,
     GROUP: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     MORE_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    SPLIT_K: gl.constexpr,
+    SPLITS: gl.constexpr,
     GROUP_N: gl.constexpr,
     PACKED: gl.constexpr,
 ):
-    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M + MORE_M rows, over one of SPLIT_K parts of K.
+    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M + MORE_M rows; with SPLITS, tiles from `whole` on
+    in `split` parts of K, each a program.
 
     MORE_M: 0, or rows of a second sum. Sizes of tensors are powers of two, and a tile of 96 rows serves 96 rows best.
     A step is a block of 64 columns, of which K is a multiple: they are a row of the swizzled layout that products read.
@@ -126,11 +135,18 @@ def hopper_dot_kernel(
     # A step lies in one group, or its halves may have one each.
     HALVES: gl.constexpr = GROUP % 64 != 0
     pid = gl.program_id(0)
-    pid_m, pid_n = tile_at(pid, M, N, TILE_M, BLOCK_N, GROUP_N)
-    total = W // 8
-    steps = gl.cdiv(total, SPLIT_K)
-    first = gl.program_id(1) * steps
-    last = gl.minimum(first + steps, total)
+    tile = pid
+    first = 0
+    last = W // 8
+    if SPLITS:
+        divided = pid >= whole
+        at = gl.maximum(pid - whole, 0)
+        if divided:
+            steps = gl.cdiv(last, split)
+            tile = whole + at // split
+            first = at % split * steps
+            last = gl.minimum(first + steps, last)
+    pid_m, pid_n = tile_at(tile, M, N, TILE_M, BLOCK_N, GROUP_N)
 
     x_smem = ()
     w_smem = ()
@@ -168,7 +184,11 @@ def hopper_dot_kernel(
     if HALVES:
         s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, 64, 1), rows_n, G, HAS_ZEROS)
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
-    for start in range(first, last, _STAGES):
+    # Once at least: a path around the loop, where other instructions write sums that the last wait covers, makes ptxas wait
+    # after every product (its C7515; a third of the rate).
+    end = gl.maximum(last, first + 1)
+    gl.assume(end > first)
+    for start in range(first, end, _STAGES):
         for i in gl.static_range(_STAGES):
             # Past the last step x is zeros.
             step = start + i
@@ -202,36 +222,39 @@ def hopper_dot_kernel(
         acc = warpgroup_mma_wait(0, [acc])
     # ptxas 12.8 moves what uses the sums to before that wait. So they are first added to what comes from memory behind a
     # barrier, which does not move: the bias, or zeros.
+    first_n = pid_n * BLOCK_N
+    first_m = pid_m * TILE_M
+    bias = _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, COPY_W), HAS_BIAS)
+    if SPLITS:
+        bias = gl.where(divided, 0.0, bias)
     behind = gl.allocate_shared_memory(gl.float32, [BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    behind.store(_bias(bias_ptr, pid_n * BLOCK_N, N, BLOCK_N, gl.SliceLayout(1, COPY_W), HAS_BIAS and SPLIT_K == 1))
+    behind.store(bias)
     tl.debug_barrier()
     acc += behind.load(gl.SliceLayout(1, SUMS))[:, None]
     if MORE_M:
         more += behind.load(gl.SliceLayout(1, MORE_SUMS))[:, None]
-    first_n = pid_n * BLOCK_N
-    first_m = pid_m * TILE_M
-    if SPLIT_K == 1:
+    done = True
+    if SPLITS and divided:
+        part = parts_ptr + at.to(gl.int64) * (BLOCK_N * TILE_M)
+        local = _in_part(BLOCK_N, 0, BLOCK_M, SUMS)
+        gl.store(part + local, acc)
+        if MORE_M:
+            local_more = _in_part(BLOCK_N, BLOCK_M, MORE_M, MORE_SUMS)
+            gl.store(part + local_more, more)
+        tl.debug_barrier()  # every thread's part is written before the one that counts it
+        arrived = gl.atomic_add(counters_ptr + (tile - whole), 1, sem="acq_rel")
+        done = arrived == split - 1
+        if done:
+            gl.store(counters_ptr + (tile - whole), 0)  # ready for the next launch
+            mine = parts_ptr + ((tile - whole) * split).to(gl.int64) * (BLOCK_N * TILE_M)
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+            acc = _sum_parts(mine, local, acc, BLOCK_N * TILE_M, split)
+            acc += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, SUMS), HAS_BIAS)[:, None]
+            if MORE_M:
+                more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
+                more = _sum_parts(mine, local_more, more, BLOCK_N * TILE_M, split)
+                more += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, MORE_SUMS), HAS_BIAS)[:, None]
+    if done:
         _store(acc, out_ptr, first_n, first_m, N, M, stride_out)
         if MORE_M:
             _store(more, out_ptr, first_n, first_m + BLOCK_M, N, M, stride_out)
-    else:
-        mine = parts_ptr + pid.to(gl.int64) * (SPLIT_K * BLOCK_N * TILE_M)
-        part = mine + gl.program_id(1) * (BLOCK_N * TILE_M)
-        local = _in_part(BLOCK_N, 0, BLOCK_M, TILE_M, SUMS)
-        gl.store(part + local, acc)
-        if MORE_M:
-            local_more = _in_part(BLOCK_N, BLOCK_M, MORE_M, TILE_M, MORE_SUMS)
-            gl.store(part + local_more, more)
-        tl.debug_barrier()  # every thread's part is written before the one that counts it
-        arrived = gl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
-        if arrived == SPLIT_K - 1:
-            gl.store(counters_ptr + pid, 0)  # ready for the next launch
-            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
-            acc = _sum_parts(mine, local, acc, BLOCK_N * TILE_M, SPLIT_K)
-            acc += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, SUMS), HAS_BIAS)[:, None]
-            _store(acc, out_ptr, first_n, first_m, N, M, stride_out)
-            if MORE_M:
-                more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
-                more = _sum_parts(mine, local_more, more, BLOCK_N * TILE_M, SPLIT_K)
-                more += _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, MORE_SUMS), HAS_BIAS)[:, None]
-                _store(more, out_ptr, first_n, first_m + BLOCK_M, N, M, stride_out)

@@ -8,7 +8,7 @@ Hopper, RDNA and CDNA ("compiled for"), where the distance from the best is unkn
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +58,11 @@ class DotTiles:
 
 @dataclass(frozen=True)
 class HopperTiles:
-    """A tile of block_m + more_m rows by block_n features for `hopper.py`: K in steps of 64 and in `split_k` parts.
+    """A tile of block_m + more_m rows by block_n features for `hopper.py`: K in steps of 64.
 
-    more_m: 0, or a power of two below block_m. num_warps: 4 or 8, 16 features or more each.
+    more_m: 0, or a power of two below block_m. num_warps: 4 or 8, 16 features or more each. registers: most of a lane, so
+    that more programs fit; 0: what it takes. whole: tiles whose K one program does; of those after them K goes in `split_k`
+    parts, so that the last round of programs is full.
     """
 
     block_m: int
@@ -69,6 +71,8 @@ class HopperTiles:
     split_k: int
     group_n: int
     num_warps: int
+    registers: int = 0
+    whole: int = 0
 
     @property
     def rows(self) -> int:
@@ -85,8 +89,11 @@ class ExpandTiles:
     num_warps: int
 
 
-def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
     """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
+
+    zeros: whether the weight has zero points, for which unpacking waits: with them 128 features and 32 rows took 45.7 us for
+    28672 x 4096, 27.9 without (H200).
 
     NVIDIA: 64 output features a program, K split until there are about three programs a multiprocessor. H200, the linears of
     llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 16 and 32, 26 November 2026 (`benchmarks/results/h200-tiles.json`):
@@ -102,7 +109,7 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     tiles_m = -(-m // block_m)
     programs = tiles_m * -(-n // 128)
     # 16 rows: 128 features where they are so many; 32: where all programs of 128 run at once, and are not too few.
-    wide = m > 8 and (programs >= 3 * sms if m <= 16 else 1.5 * sms <= programs <= 3 * sms)
+    wide = m > 8 and (programs >= 3 * sms if m <= 16 else not zeros and 1.5 * sms <= programs <= 3 * sms)
     words = _block_words(k, group_size, most=16)
     block_n, split = 128, 1
     if not wide:
@@ -113,17 +120,17 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) 
     return DotTiles(block_m, block_n, words, split, group_n=8, num_warps=4, num_stages=stages, scale_sums=True)
 
 
-def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles | HopperTiles:
-    """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows."""
+def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles | HopperTiles:
+    """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows. zeros: it has zero points."""
     if m > 32 and traits.gluon and k % 64 == 0:
-        return hopper_tiles(m, n, k, traits)
-    return plain_tiles(m, n, k, group_size, traits)
+        return hopper_tiles(m, n, k, traits, zeros)
+    return plain_tiles(m, n, k, group_size, traits, zeros)
 
 
-def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -> DotTiles:
+def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
     """Tiles of `fused.py` for `fused_linear`: while a program unpacks, others multiply."""
     if m <= 32:
-        return decode_tiles(m, n, k, group_size, traits)
+        return decode_tiles(m, n, k, group_size, traits, zeros)
     # Untuned. Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
     nvidia = traits.vendor == "nvidia"
     block_m = 128 if m > 64 and (nvidia or traits.warp_size == 64) else 64
@@ -134,38 +141,87 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits) -
     return DotTiles(block_m, block_n, 8, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
-def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits) -> HopperTiles:
-    """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64.
-
-    A tile of 256 x 128 copies the fewest bytes a product, but there is one a multiprocessor: it is taken where few of them
-    are left without one at the end. Else 64 or 128 features, by how full the last round is. K is split where there
-    would be too few programs. H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 64, 96, 128, 192, 256, 512,
-    26 November 2026 (`benchmarks/results/h200-tiles.json`): 1.3 % slower in the mean than the best of up to 36, 12 % at most.
+@dataclass(frozen=True)
+class HopperKind:
+    """A size of tile for `hopper.py`. step_us: microseconds of a step of 64 columns where 1, 2, ... programs share a
+    multiprocessor; as many as there are values fit.
     """
-    steps, sms = k // 64, traits.multiprocessors
-    if m <= 192:
-        sizes = [(32, 16), (64, 0), (64, 32), (128, 0), (128, 64)]
-        block_m, more_m = next(size for size in sizes if sum(size) >= m)
-    else:  # the fewest rows past the end
-        block_m, more_m = min([(128, 64), (128, 0)], key=lambda size: -(-m // sum(size)) * sum(size))
-    rows = block_m + more_m
-    tiles_m = -(-m // rows)
-    if m > 192 and -(-m // 256) * 256 <= tiles_m * rows:
-        programs = -(-m // 256) * -(-n // 128)
-        for split in _SPLITS[:4]:
-            part = steps // split  # of few programs a long one is split further
-            if part >= 56 and (part <= 256 or programs >= 4 * sms) and _filled(programs * split, sms) >= 0.9:
-                return HopperTiles(256, 0, 128, split, group_n=8, num_warps=8)
-    narrow, wide = tiles_m * -(-n // 64), tiles_m * -(-n // 128)
-    if rows in (96, 128) and narrow >= 1.8 * sms and 1.08 * _filled(wide, 2 * sms) > _filled(narrow, 3 * sms):
-        return HopperTiles(block_m, more_m, 128, 1, group_n=8, num_warps=8)
-    if rows <= 64:
-        split = _split_k(narrow, steps, 3.3 * sms, least=16, of=_SPLITS)
-    elif rows == 192:
-        split = _split_k(narrow, steps, 1.6 * sms, least=28 if 2 * narrow <= sms else 40, most=2 * sms, of=_SPLITS)
-    else:
-        split = _split_k(narrow, steps, 1.8 * sms, least=28 if m <= 192 else 48, of=_SPLITS)
-    return HopperTiles(block_m, more_m, 64, split, group_n=8, num_warps=4)
+
+    block_m: int
+    more_m: int
+    block_n: int
+    num_warps: int
+    registers: int
+    step_us: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of x a program takes."""
+        return self.block_m + self.more_m
+
+
+_HOPPER_KINDS = (
+    HopperKind(32, 16, 64, 4, 128, (0.27, 0.34, 0.46, 0.56)),
+    HopperKind(32, 16, 128, 8, 128, (0.36, 0.57)),
+    HopperKind(64, 0, 64, 4, 128, (0.26, 0.35, 0.47, 0.59)),
+    HopperKind(64, 0, 128, 8, 128, (0.35, 0.56)),
+    HopperKind(64, 32, 64, 4, 168, (0.32, 0.44, 0.62)),
+    HopperKind(64, 32, 128, 8, 128, (0.42, 0.75)),
+    HopperKind(128, 0, 64, 4, 168, (0.34, 0.50, 0.72)),
+    HopperKind(128, 0, 128, 8, 0, (0.467,)),
+    HopperKind(128, 0, 128, 8, 128, (0.48, 0.87)),
+    HopperKind(128, 64, 64, 4, 0, (0.44, 0.70)),
+    HopperKind(128, 64, 128, 8, 0, (0.68,)),
+    HopperKind(256, 0, 128, 8, 0, (0.71,)),
+)
+"""Fitted to 2300 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
+(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves."""
+
+_FILL = 4  # steps that it takes a program to begin and to end
+_SPLIT_US, _PART_US = 1.8, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
+
+
+def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperTiles:
+    """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64: the best by the rounds of programs that they make.
+
+    Of what was measured, without zero points, 1.1 % slower in the mean than the best of up to 40, 12 % at most.
+    """
+    return hopper_candidates(m, n, k, traits, zeros)[0][1]
+
+
+def hopper_candidates(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> list[tuple[float, HopperTiles]]:
+    """(microseconds by the model, tiles) of what may be good for `hopper.py`, the best first.
+
+    K is split for all tiles, where there are few, or for those of the last round or two, which would not fill it. With zero
+    points 128 registers do not hold a tile of 128 x 128: its loop spilled 12 a step, and 28672 x 4096 at M = 128 took 1.5 times
+    as long as without.
+    """
+    found = []
+    for kind in _HOPPER_KINDS:
+        if (kind.rows < 128 and m > 3 * kind.rows) or (zeros and kind.rows == kind.block_n == kind.registers == 128):
+            continue
+        tiles, at_once = -(-m // kind.rows) * -(-n // kind.block_n), len(kind.step_us) * traits.multiprocessors
+        whole = tiles - tiles % at_once
+        for first, parts in itertools.product(sorted({0, max(0, whole - at_once), whole % tiles}), _SPLITS):
+            split = tiles - first
+            if parts > 1 and (k < 4 * 64 * parts or split * parts > 4 * at_once or split > _MOST_SPLIT):
+                continue
+            t = HopperTiles(kind.block_m, kind.more_m, kind.block_n, parts, 8, kind.num_warps, kind.registers, first)
+            found.append((_microseconds(kind, t, split, k // 64, traits.multiprocessors), t))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _microseconds(kind: HopperKind, t: HopperTiles, split: int, steps: int, multiprocessors: int) -> float:
+    """The time of a call of which `split` tiles have K split, by the rounds of its programs."""
+    time, parts = 0.0, split * t.split_k
+    for programs, length in ((t.whole, steps), (parts, -(-steps // t.split_k))):
+        rounds, left = divmod(programs, len(kind.step_us) * multiprocessors)
+        time += rounds * (length + _FILL) * kind.step_us[-1]
+        if left:
+            time += (length + _FILL) * kind.step_us[-(-left // multiprocessors) - 1]
+    if t.split_k > 1:
+        time += _SPLIT_US + _PART_US * 4 * kind.rows * kind.block_n * (t.split_k + parts / multiprocessors)
+    return time
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
@@ -187,25 +243,19 @@ def _block_words(k: int, group_size: int, *, most: int) -> int:
 
 _DOUBLED = (1, 2, 4, 8, 16)
 _SPLITS = (1, 2, 3, 4, 6, 8)
+MOST_PARTS = _SPLITS[-1]
+"""Of K, for `hopper.py`."""
+_MOST_SPLIT = 4096  # tiles with K split: each has a counter
 
 
-def _split_k(
-    programs: int, steps: int, wanted: float, *, least: int, most: float = math.inf, of: tuple[int, ...] = _DOUBLED
-) -> int:
-    """Parts of K: `of` these few, which bounds compilations, so that `wanted` programs run, but not more than `most`, each
-    with `least` steps or more.
-    """
+def _split_k(programs: int, steps: int, wanted: float, *, least: int, of: tuple[int, ...] = _DOUBLED) -> int:
+    """Parts of K: `of` these few, which bounds compilations, so that `wanted` programs run, each with `least` steps or more."""
     split = 1
     for more in of[1:]:
-        if programs * split >= wanted or steps // more < least or programs * more > most:
+        if programs * split >= wanted or steps // more < least:
             break
         split = more
     return split
-
-
-def _filled(programs: int, at_once: int) -> float:
-    """How full the rounds are in which `programs` run, `at_once` a round."""
-    return programs / (at_once * -(-programs // at_once))
 
 
 def _stages(block_m: int, block_n: int, words: int, k: int, group_size: int, traits: DeviceTraits, *, most: int) -> int:
