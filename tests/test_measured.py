@@ -135,6 +135,24 @@ def test_savings_follow_the_workload_and_the_routes(calls: dict[int, float], twi
     assert [o.saved_us for o in found] == pytest.approx([twin, copy])
 
 
+@pytest.mark.parametrize(("twin", "saves"), [(7.9e-6, False), (7.8e-6, True)])
+def test_a_twin_that_saves_less_than_the_margin_is_not_worth_its_memory(twin: float, saves: bool) -> None:
+    """It takes over at 4 rows by far; a workload of 8 rows is what it would serve."""
+    found = measured(int4=[1e-6, 2e-6, 8e-6, 8e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, twin])
+    form = Form("bfloat16", 100, ("int4", "twin:bfloat16"))
+    offer = Costs(found, Form("none", 0, ("int4",)), (form,), found.n)
+    assert offer.route(form).at(8) is Path.TWIN
+    assert (offer.options(Workload.of({1: 90, 8: 1}))[0].saved_us > 0) is saves
+    assert offer.options(Workload.of({1: 90, 4: 1, 8: 1}))[0].saved_us > 0
+
+
+def test_gains_are_those_of_the_best_form_that_pays() -> None:
+    """128 output features of which 64 were timed; below 4 rows nothing takes over, at 8 the copy streams for 12 us."""
+    gains = costs().gains(Workload.of({1: 1, 8: 1}))
+    assert {m: pytest.approx(pair) for m, pair in {1: (1.0, 0.0), 8: (8.0, 5.0)}.items()} == gains
+    assert costs(least=16).gains(Workload.prefill(8)) == {8: pytest.approx((16.0, 0.0))}
+
+
 def test_a_twin_saves_nothing_below_the_rows_it_serves() -> None:
     assert costs(least=8).options(Workload.prefill(4))[0].saved_us == 0
     assert costs(least=8).options(Workload.prefill(8))[0].saved_us == pytest.approx(10.0)

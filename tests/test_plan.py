@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given
@@ -108,6 +109,9 @@ class Linear:
     def options(self, workload: Workload) -> tuple[TwinOption, ...]:
         return (TwinOption("bfloat16", 10, sum(m * share for m, share in workload.calls) - 64),)
 
+    def gains(self, workload: Workload) -> dict[int, tuple[float, float]]:
+        return {}
+
 
 def test_the_workload_decides_whether_a_twin_pays() -> None:
     weights = {"a": "kind", "b": "kind"}
@@ -115,6 +119,30 @@ def test_the_workload_decides_whether_a_twin_pays() -> None:
         found = plan(weights, budget(100), {"kind": Linear()}, Workload.prefill(rows), "soft")
         assert len(found.twins) == count
     assert plan(weights, budget(100), {}, Workload.prefill(), "off").twins == {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """An offer of a twin that saves `saved` of the `without` microseconds of calls of 64 rows or more."""
+
+    without: float
+    saved: float
+
+    def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+        return (TwinOption("bfloat16", 10, math.fsum(share * self.saved for m, share in workload.calls if m >= 64)),)
+
+    def gains(self, workload: Workload) -> dict[int, tuple[float, float]]:
+        return {m: (share * self.without, share * self.saved if m >= 64 else 0.0) for m, share in workload.calls}
+
+
+@pytest.mark.parametrize(("large", "twins"), [(101.0, 0), (99.0, 2)])
+def test_twins_that_together_save_too_little_are_not_built(large: float, twins: int) -> None:
+    """Two layers save 3 of 100 microseconds each; a large one gains nothing, and the more it takes the less that is."""
+    offers = {"small": Timed(100.0, 3.0), "large": Timed(large, 0.0)}
+    weights = {"a": "small", "b": "large", "c": "small"}
+    for workload in (Workload.prefill(2048), Workload.of({1: 90, 2048: 10})):  # decode, which no twin serves, does not count
+        found = plan(weights, budget(100), offers, workload, "soft")
+        assert len(found.twins) == twins
 
 
 weights_strategy = st.lists(st.tuples(st.integers(1, 100), st.floats(-1, 10).map(lambda s: round(s, 6))), max_size=30).map(

@@ -46,6 +46,10 @@ class Roofline:
         without = self.seconds(None, workload)
         return tuple(TwinOption(f.name, f.nbytes, (without - self.seconds(f, workload)) * 1e6) for f in self.forms)
 
+    def gains(self, workload: Workload) -> Mapping[int, tuple[float, float]]:
+        """Nothing: a bound is no time to compare with."""
+        return {}
+
 
 Offered = Costs | Roofline
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from twinweight.paths import Path, Route
-from twinweight.plan import TwinOption
+from twinweight.plan import MARGIN, TwinOption
 from twinweight.timing import Timing
 from twinweight.workload import Workload
 
 _PLAIN = ("int4", "fused", "stream")
 """Paths without a twin, in the order in which they may take over as rows grow."""
-
-_MARGIN = 0.02
-"""What a path must win by at least. Calls are timed alone; in a server clocks and caches differ. On an H200 twins that had
-won alone, by however little, made half of qwen3-32b's prefills 0.3 to 0.9 % slower than Machete did."""
 
 
 def path_of(choice: str) -> Path:
@@ -61,7 +57,7 @@ class Measured:
         """The route of least total slowdown among those that move one way, from decode paths to dense ones.
 
         choices: in the order in which they may take over as rows grow; paths: theirs, where their names do not say it. A path
-        starts at a measured size where it beats the one before by more than the measured spread of both and `_MARGIN`, and the
+        starts at a measured size where it beats the one before by more than the measured spread of both and `MARGIN`, and the
         total over all sizes decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
         Disturbances only ever add time: the least sample stands for a path.
         """
@@ -78,7 +74,7 @@ class Measured:
 
         def beats(new: int, old: int, at: int) -> bool:
             a, b = self.times[choices[new]][at].min, self.times[choices[old]][at].min
-            return a * (1 + max(_MARGIN, spread[new] + spread[old])) < b
+            return a * (1 + max(MARGIN, spread[new] + spread[old])) < b
 
         # best[c, e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
         # On a tie the later takeover: int4 costs no memory.
@@ -166,15 +162,34 @@ class Costs:
 
     def seconds(self, form: Form | None, workload: Workload) -> float:
         """Seconds of an average call of the workload, by the route that would be used."""
+        return math.fsum(seconds for seconds, _ in self._calls(form, workload))
+
+    def _calls(self, form: Form | None, workload: Workload) -> list[tuple[float, str]]:
+        """Of each of the workload's calls: its share of the seconds of an average one, and the choice that serves it."""
         choices = (form or self.base).choices
         pieces = self.measured.pieces(choices)
-        times = []
+        found = []
         for m, share in workload.calls:
             choice = choices[0] if m < self.least else next(c for start, c in reversed(pieces) if start <= m)
-            times.append(share * self.measured.time_at(choice, m))
-        return math.fsum(times) * self.n / self.measured.n
+            found.append((share * self.measured.time_at(choice, m) * self.n / self.measured.n, choice))
+        return found
 
     def options(self, workload: Workload) -> tuple[TwinOption, ...]:
-        """The forms with what they save in an average call."""
-        without = self.seconds(None, workload)
-        return tuple(TwinOption(f.name, f.nbytes, (without - self.seconds(f, workload)) * 1e6, f.is_twin) for f in self.forms)
+        """The forms with what they save in an average call; nothing where that is below `MARGIN` of the calls they serve."""
+        saved = (math.fsum(self._saved(form, workload).values()) for form in self.forms)
+        return tuple(TwinOption(f.name, f.nbytes, us, f.is_twin) for f, us in zip(self.forms, saved, strict=True))
+
+    def gains(self, workload: Workload) -> Mapping[int, tuple[float, float]]:
+        """By rows of the workload's calls: microseconds without any form, and the most that one form saves of them."""
+        saved = [self._saved(form, workload) for form in self.forms]
+        return {
+            m: (seconds * 1e6, max((found.get(m, 0.0) for found in saved), default=0.0))
+            for (m, _), (seconds, _) in zip(workload.calls, self._calls(None, workload), strict=True)
+        }
+
+    def _saved(self, form: Form, workload: Workload) -> dict[int, float]:
+        """Microseconds that a form saves of each call that it serves; none where together they are below `MARGIN` of those."""
+        calls = zip(workload.calls, self._calls(None, workload), self._calls(form, workload), strict=True)
+        served = {m: (was * 1e6, now * 1e6) for (m, _), (was, before), (now, after) in calls if before != after}
+        without, saved = math.fsum(was for was, _ in served.values()), math.fsum(was - now for was, now in served.values())
+        return {m: was - now for m, (was, now) in served.items()} if saved >= MARGIN * without else {}

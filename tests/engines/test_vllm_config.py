@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from twinweight.engines.vllm.config import Config, from_environment, resolve
@@ -21,6 +23,19 @@ def test_the_default_is_exact_and_8_bits_are_asked_for() -> None:
     assert resolve({"twinweight": {"mode": "soft"}}, {}).dtype == "dense"
     assert resolve({"twinweight": {"mode": "soft"}}, {"TWINWEIGHT_DTYPE": "int8"}).dtype == "int8"
     assert resolve({"twinweight": {"mode": "soft", "dtype": "fp8"}}, {"TWINWEIGHT_DTYPE": "int8"}).dtype == "fp8"
+
+
+def test_a_workload_is_prompt_lengths_or_what_a_server_saw(tmp_path: Path) -> None:
+    for given in ([512, 2048], "512, 2048"):
+        assert resolve({"twinweight": {"workload": given}}, {}).workload == (512, 2048)
+    assert resolve({"twinweight": {"workload": 512}}, {}).workload == (512,)
+    assert resolve({}, {"TWINWEIGHT_WORKLOAD": "512"}).workload == (512,)
+    seen = tmp_path / "seen.txt"
+    seen.write_text('twinweight_calls_total{path="twin",rows="512"} 7\n')
+    assert resolve({}, {"TWINWEIGHT_WORKLOAD": str(seen)}).workload == str(seen)
+    seen.write_text("nothing")
+    with pytest.raises(ConfigError, match=r"TWINWEIGHT_WORKLOAD: .*holds no calls"):
+        resolve({}, {"TWINWEIGHT_WORKLOAD": str(seen)})
 
 
 def test_a_field_may_be_null() -> None:
@@ -53,6 +68,11 @@ def test_switches(environ: dict[str, str], mode: str) -> None:
         ({"crossover": 0}, "is 0, expected a whole number of at least 1"),
         ({"crossover": True}, "is True, expected a whole number"),
         ({"graphs_reserve_mib": "64"}, "is '64', expected a whole number"),
+        ({"workload": []}, r"\['workload'\] is \[\], expected prompt lengths such as"),
+        ({"workload": [512, 0]}, r"is \[512, 0\], expected prompt lengths"),
+        ({"workload": [True]}, "expected prompt lengths"),
+        ({"workload": 1.5}, "is 1.5, expected prompt lengths"),
+        ({"workload": "/nowhere/metrics.txt"}, r"\['workload'\]: cannot read metrics from /nowhere/metrics.txt"),
         ("soft", "is 'soft', expected an object"),
     ],
 )

@@ -45,7 +45,7 @@ def test_speculated_tokens_stay_on_int4() -> None:
     more = json.dumps({
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     })  # fmt: skip
-    on = json.dumps({"twinweight": {"mode": "soft", "crossover": 2}})
+    on = json.dumps({"twinweight": {"mode": "soft", "crossover": 2, "workload": [64]}})
     prompts = (PROMPTS[0] * 3, PROMPTS[0])
     # After numba, which proposes tokens here, no second server starts in the process: vLLM trips over a module of its.
     job = Job(short(), on, more=more, prompts=prompts, environ=(("PROCESS", "speculation"),))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from twinweight import cache, twin
 from twinweight.errors import ConfigError
 from twinweight.plan import PREFILL_SWITCH, Mode, check_mode
+from twinweight.workload import from_metrics
 
 KEY = "twinweight"
 """The key in vLLM's additional_config."""
@@ -25,6 +28,8 @@ class Config:
     kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len.
     activation_reserve_mib, graphs_reserve_mib: memory kept for the activation peak and for CUDA graphs; None is an estimate.
     crossover: rows from which a twin serves, instead of the measured number.
+    workload: what twins are chosen for: prompt lengths, or a file with a server's saved /metrics (`from_metrics`); None
+    is steps as large as the scheduler makes them.
     """
 
     mode: Mode = "off"
@@ -33,6 +38,7 @@ class Config:
     activation_reserve_mib: int | None = None
     graphs_reserve_mib: int | None = None
     crossover: int | None = None
+    workload: tuple[int, ...] | str | None = None
 
 
 _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}
@@ -81,6 +87,30 @@ def _checked(name: str, value: object, where: str) -> object:
             raise ConfigError(f"{where}: {error}") from None
     if value is None:
         return None
+    if name == "workload":
+        return _workload(value, where)
     if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
         raise ConfigError(f"{where} is {value!r}, expected a whole number of at least {_LEAST[name]}")
     return value
+
+
+def _workload(value: object, where: str) -> tuple[int, ...] | str:
+    """Prompt lengths from a list or from text with commas, else the name of a file that can be read."""
+    if isinstance(value, str) and not re.fullmatch(r"[\d\s,]+", value):
+        try:
+            from_metrics(Path(value))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        return value
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    lengths: list[int] = []
+    for one in given:
+        length = int(one) if isinstance(one, str) and one.strip().isdigit() else one
+        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+            lengths.clear()
+            break
+        lengths.append(length)
+    if not lengths:
+        expected = "prompt lengths such as [512, 2048], or a file with a server's /metrics"
+        raise ConfigError(f"{where} is {value!r}, expected {expected}")
+    return tuple(lengths)

@@ -18,7 +18,7 @@ from twinweight.errors import BudgetError
 from twinweight.measured import Costs, Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
-from twinweight.plan import GIB, Plan, plan
+from twinweight.plan import GIB, MARGIN, Plan, plan
 from twinweight.twins import lossy_kinds
 from twinweight.workload import Workload
 
@@ -67,6 +67,7 @@ class Life:
             self.offers = self._offers(self._measure())
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
+            self.workload = compat.gather(compat.workload(self.worker, self.config.workload))[0]
             self.plan = self._plan()
             self._build()
         self.seconds = (measured - started, time.perf_counter() - measured)
@@ -104,7 +105,7 @@ class Life:
         own = compat.budget(self.worker, self.floor.nbytes if fixed is None else fixed, transient, reserves)
         budget = min(compat.gather(own), key=lambda b: b.for_twins)
         kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items()}
-        return plan(kinds, budget, self.offers, compat.workload(self.worker), self.config.mode)
+        return plan(kinds, budget, self.offers, self.workload, self.config.mode)
 
     def _offers(self, measured: Mapping[Kind, Measured]) -> dict[Kind, measure.Offered]:
         """What each kind of layer could have. A decode step of one sequence stays on int4, its speculated tokens included."""
@@ -242,7 +243,9 @@ class Life:
 
     def _gain(self) -> str:
         """What the twins save in a step of prefill, by the times that were measured; nothing where none were."""
-        rows = max(m for m, _ in compat.workload(self.worker).calls)
+        if not self.plan.twins and not self.plan.missed and self.kernels:
+            return f"; twins would not save {MARGIN:.0%} of the calls they served"
+        rows = max(m for m, _ in self.workload.calls)
         step, without, with_ = Workload.prefill(rows), 0.0, 0.0
         for name, kernel in self.kernels.items():
             offer = self.offers[kind_of(kernel)]
