@@ -22,8 +22,7 @@ from twinweight.engines.vllm import arm, bench
 from twinweight.synth_formats import Recipe, quantization_config
 
 PARTS = {
-    "whole": {512: (1, 8, 32, 64, 128), 2048: (1, 8, 32, 64, 128), 8192: (1, 8)},
-    "short": {512: (1, 8, 32, 64, 128), 2048: (1, 8, 32), 8192: (1,)},
+    "whole": dict.fromkeys((512, 2048, 8192), (1, 8, 32, 64, 128)),
     "least": {512: (1, 32), 2048: (1, 32), 8192: (1,)},
 }
 OUTPUT_TOKENS = 64
@@ -59,9 +58,12 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--max-model-len", type=int, default=16384)
     p.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
+    p.add_argument("--prompts", type=int, nargs="+", help="only these prompt lengths of that part")
+    p.add_argument("--most", type=int, default=128, help="no concurrency above this")
     a = p.parse_args()
     set_environment()
-    points = tuple((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs)
+    points = tuple((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs if c <= a.most)
+    points = tuple(point for point in points if not a.prompts or point[0] in a.prompts)
     work = arm.Workload(points, OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 
