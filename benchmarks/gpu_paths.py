@@ -193,7 +193,7 @@ def plot(result: dict[str, Any], out: Path) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("out", type=Path)
-    p.add_argument("--shapes", default="0:12", help="a range of `shapes()`: 0:4 llama-3.1-8b, 0:12 all three models")
+    p.add_argument("--shapes", default="0:12", help="a slice of `shapes()`: 0:4 llama-3.1-8b, 0:12 all three models")
     p.add_argument("--rows", type=int, nargs="+", default=ROWS)
     p.add_argument("--peers", default=",".join(PEERS), help="names of `gpu_peers.py`, with commas")
     p.add_argument("--budget", type=float, default=540.0, help="seconds after which no further size is begun")
@@ -212,8 +212,7 @@ def main() -> None:
     }  # fmt: skip
     result["environment"].setdefault("commands", []).append(shlex.join(["python", *sys.argv]))
     print(f"{len(peers)} peers after {time.monotonic() - begun:.0f} s: {result['environment']}", flush=True)
-    low, high = map(int, a.shapes.split(":"))
-    for s in shapes()[low:high]:
+    for s in shapes()[slice(*map(int, a.shapes.split(":")))]:
         if time.monotonic() - begun > a.budget:
             break
         usable = [n for n in peers if n not in BF16_ONLY or s.dtype == torch.bfloat16]
