@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: test test-vllm browser demo lint clean
+.PHONY: install test test-vllm browser demo lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON=..."; exit 1; }
@@ -44,6 +44,9 @@ $(VLLM_STAMP): pyproject.toml
 # Without tests/conftest.py, which sets Triton up for its interpreter: vLLM must not see that.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines/vllm tests/engines/vllm
+
+# Both environments; `make -j2 install` sets them up side by side.
+install: $(STAMP) $(VLLM_STAMP)
 
 demo: $(STAMP)
 	$(VENV)/bin/twinweight demo
