@@ -95,3 +95,23 @@ def test_an_unknown_variable_matters_only_where_twins_are_on() -> None:
     assert resolve({}, environ).mode == "off"
     with pytest.raises(ConfigError, match=r"unknown variable TWINWEIGHT_KVFLOOR; known: .*TWINWEIGHT_KV_FLOOR"):
         resolve({"twinweight": {"mode": "soft"}}, environ)
+
+
+@pytest.mark.parametrize(
+    ("given", "calls"),
+    [
+        (None, {1: 64, 8: 16, 4096: 1}),
+        ((512,), {1: 64, 8: 16, 512: 1}),
+        ((512, 8), {1: 64, 8: 16.5, 512: 0.5}),
+        ((6144,), {1: 64, 8: 16, 2048: 0.5, 4096: 0.5}),  # two steps
+    ],
+)
+def test_what_is_planned_for(given: tuple[int, ...] | None, calls: dict[int, float]) -> None:
+    found, total = Config(workload=given).planned_for(4096), sum(calls.values())
+    assert dict(found.calls) == pytest.approx({m: n / total for m, n in calls.items()})
+
+
+def test_what_is_planned_for_may_be_what_a_server_saw(tmp_path: Path) -> None:
+    seen = tmp_path / "seen.txt"
+    seen.write_text('twinweight_calls_total{path="int4",rows="1"} 3\ntwinweight_calls_total{path="twin",rows="512"} 1\n')
+    assert Config(workload=str(seen)).planned_for(4096).calls == ((1, 0.75), (512, 0.25))

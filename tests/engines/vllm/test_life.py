@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pathlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -256,24 +255,3 @@ def test_an_unknown_version_without_the_worker_we_know_warns_too(
     compat.warn_unknown.cache_clear()
     register()
     assert ("stays off in 0.99.1" in caplog.text) is (mode == "soft")
-
-
-@pytest.mark.parametrize(
-    ("given", "calls"),
-    [
-        (None, {1: 64, 8: 16, 4096: 1}),
-        ((512,), {1: 64, 8: 16, 512: 1}),
-        ((512, 8), {1: 64, 8: 16.5, 512: 0.5}),
-        ((6144,), {1: 64, 8: 16, 2048: 0.5, 4096: 0.5}),  # two steps
-    ],
-)
-def test_a_workload_is_what_was_asked_for(given: tuple[int, ...] | None, calls: dict[int, float]) -> None:
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=4096)))
-    found, total = compat.workload(worker, given), sum(calls.values())
-    assert dict(found.calls) == pytest.approx({m: n / total for m, n in calls.items()})
-
-
-def test_a_workload_may_be_what_a_server_saw(tmp_path: pathlib.Path) -> None:
-    seen = tmp_path / "seen.txt"
-    seen.write_text('twinweight_calls_total{path="int4",rows="1"} 3\ntwinweight_calls_total{path="twin",rows="512"} 1\n')
-    assert compat.workload(SimpleNamespace(), str(seen)).calls == ((1, 0.75), (512, 0.25))

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,7 +21,6 @@ import torch
 from twinweight import reserves
 from twinweight.memory import read_memory
 from twinweight.plan import Budget
-from twinweight.workload import Workload, from_metrics
 
 log = logging.getLogger("vllm.twinweight")  # below vLLM's logger, whose handlers and level it shares
 
@@ -367,19 +365,9 @@ def rank() -> int:
     return int(get_tp_group().rank_in_group)
 
 
-def workload(worker: Any, given: tuple[int, ...] | str | None) -> Workload:
-    """What twins are chosen for (`Config.workload`). Prompts, or steps as large as the scheduler makes them, come with decode
-    steps of one and of 8 requests.
-
-    Decode only counts where something serves it faster than the inner kernel: on CPUs, or where a twin wins at few rows.
-    """
-    if isinstance(given, str):
-        return from_metrics(Path(given))
-    chunk = int(worker.vllm_config.scheduler_config.max_num_batched_tokens)
-    counts = {1: 64.0, 8: 16.0}
-    for rows, share in Workload.serving(given or (chunk,), chunk=chunk).calls:
-        counts[rows] = counts.get(rows, 0.0) + share
-    return Workload.of(counts)
+def chunk(worker: Any) -> int:
+    """The most rows of a step."""
+    return int(worker.vllm_config.scheduler_config.max_num_batched_tokens)
 
 
 def version() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from twinweight import cache, twin
 from twinweight.errors import ConfigError
 from twinweight.plan import PREFILL_SWITCH, Mode, check_mode
-from twinweight.workload import from_metrics
+from twinweight.workload import Workload, from_metrics
 
 KEY = "twinweight"
 """The key in vLLM's additional_config."""
@@ -39,6 +39,17 @@ class Config:
     graphs_reserve_mib: int | None = None
     crossover: int | None = None
     workload: tuple[int, ...] | str | None = None
+
+    def planned_for(self, chunk: int) -> Workload:
+        """What twins are chosen for, where steps have `chunk` rows at most. Prompts come with decode steps of one and of 8
+        requests, which only count where something serves them faster than the inner kernel: on CPUs, or a twin that wins there.
+        """
+        if isinstance(self.workload, str):
+            return from_metrics(Path(self.workload))
+        counts = {1: 64.0, 8: 16.0}
+        for rows, share in Workload.serving(self.workload or (chunk,), chunk=chunk).calls:
+            counts[rows] = counts.get(rows, 0.0) + share
+        return Workload.of(counts)
 
 
 _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}

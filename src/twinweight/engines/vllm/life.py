@@ -67,7 +67,7 @@ class Life:
             self.offers = self._offers(self._measure())
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
-            self.workload = compat.gather(compat.workload(self.worker, self.config.workload))[0]
+            self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
             self.plan = self._plan()
             self._build()
         self.seconds = (measured - started, time.perf_counter() - measured)
