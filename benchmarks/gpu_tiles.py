@@ -35,15 +35,16 @@ ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 def candidates(m: int, n: int, k: int) -> list[DotTiles | HopperTiles]:
     """What may be good for m rows: for few, of what was not slower than these everywhere on an H200; for more, the best of each
-    kind by the model in `tiles.py`.
+    size by the model in `tiles.py`.
     """
     if m > 32:
-        modelled = tiles.hopper_candidates(m, n, k, device.traits_of(torch.device("cuda", 0)))
-        by_kind: dict[object, list[DotTiles | HopperTiles]] = {}
-        for us, t in modelled:
+        traits = device.traits_of(torch.device("cuda", 0))
+        modelled = sorted(tiles.hopper_candidates(m, n, k, traits), key=lambda candidate: candidate[0])
+        by_size: dict[HopperTiles, list[HopperTiles]] = {}
+        for us, size, parts, whole in modelled:
             if us < 1.35 * modelled[0][0]:
-                by_kind.setdefault((t.block_m, t.more_m, t.block_n, t.registers), []).append(t)
-        return [t for found in by_kind.values() for t in found[:6]]
+                by_size.setdefault(size, []).append(replace(size, split_k=parts, whole=whole))
+        return [t for found in by_size.values() for t in found[:6]]
     block_m = 8 if m <= 8 else 16 if m <= 16 else 32
     grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
     found = [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
@@ -125,7 +126,7 @@ def main() -> None:
     a = p.parse_args()
     begun = time.monotonic()
     shapes = [shape for model in a.models for shape in LINEARS[model]]
-    wanted = {(m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k)}
+    wanted = ((m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k))
     jobs = list(dict.fromkeys((1 if m == 1 else 8 if m % 16 else 16, _compiled_as(t)) for m, t in wanted))
     if a.workers:
         with multiprocessing.get_context("spawn").Pool(a.workers) as pool:

@@ -26,12 +26,10 @@ def is_power_of_two(x: int) -> bool:
 
 @given(
     m=st.integers(1, 20000), n=st.integers(1, 130000), blocks=st.integers(1, 900), group=st.sampled_from([32, 64, 128, 0]),
-    odd=st.sampled_from([0, 32]), traits=st.sampled_from([H200, A100, STRIX]), decode=st.booleans(),
-    zeros=st.booleans(),
+    odd=st.sampled_from([0, 32]), traits=st.sampled_from([H200, A100, STRIX]), decode=st.booleans(), zeros=st.booleans(),
 )  # fmt: skip
-@example(
-    m=17281, n=15361, blocks=129, group=128, odd=0, traits=H200, decode=False, zeros=False
-)  # so many tiles that K must stay whole
+# More tiles than counters: not all may have K split.
+@example(m=17281, n=15361, blocks=129, group=128, odd=0, traits=H200, decode=False, zeros=False)
 def test_tiles_are_legal(
     m: int, n: int, blocks: int, group: int, odd: int, traits: DeviceTraits, decode: bool, zeros: bool
 ) -> None:

@@ -9,7 +9,8 @@ Hopper, RDNA and CDNA ("compiled for"), where the distance from the best is unkn
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -141,41 +142,26 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, z
     return DotTiles(block_m, block_n, 8, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
-@dataclass(frozen=True)
-class HopperKind:
-    """A size of tile for `hopper.py`. step_us: microseconds of a step of 64 columns where 1, 2, ... programs share a
-    multiprocessor; as many as there are values fit.
-    """
-
-    block_m: int
-    more_m: int
-    block_n: int
-    num_warps: int
-    registers: int
-    step_us: tuple[float, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows of x a program takes."""
-        return self.block_m + self.more_m
-
-
-_HOPPER_KINDS = (
-    HopperKind(32, 16, 64, 4, 128, (0.27, 0.34, 0.46, 0.56)),
-    HopperKind(32, 16, 128, 8, 128, (0.36, 0.57)),
-    HopperKind(64, 0, 64, 4, 128, (0.26, 0.35, 0.47, 0.59)),
-    HopperKind(64, 0, 128, 8, 128, (0.35, 0.56)),
-    HopperKind(64, 32, 64, 4, 168, (0.32, 0.44, 0.62)),
-    HopperKind(64, 32, 128, 8, 128, (0.42, 0.75)),
-    HopperKind(128, 0, 64, 4, 168, (0.34, 0.50, 0.72)),
-    HopperKind(128, 0, 128, 8, 0, (0.467,)),
-    HopperKind(128, 0, 128, 8, 128, (0.48, 0.87)),
-    HopperKind(128, 64, 64, 4, 0, (0.44, 0.70)),
-    HopperKind(128, 64, 128, 8, 0, (0.68,)),
-    HopperKind(256, 0, 128, 8, 0, (0.71,)),
+_HOPPER_SIZES: tuple[tuple[HopperTiles, tuple[float, ...]], ...] = (
+    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.27, 0.34, 0.46, 0.56)),
+    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.36, 0.57)),
+    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.26, 0.35, 0.47, 0.59)),
+    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.35, 0.56)),
+    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.32, 0.44, 0.62)),
+    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.42, 0.75)),
+    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.34, 0.50, 0.72)),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.467,)),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.48, 0.87)),
+    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.44, 0.70)),
+    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.68,)),
+    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.71,)),
 )
-"""Fitted to 2300 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
-(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves."""
+"""Sizes of tiles for `hopper.py`, and microseconds of a step of 64 columns where 1, 2, ... programs share a multiprocessor,
+which holds as many as there are values.
+
+Fitted to 2300 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
+(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves.
+"""
 
 _FILL = 4  # steps that it takes a program to begin and to end
 _SPLIT_US, _PART_US = 1.8, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
@@ -186,42 +172,39 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = Fal
 
     Of what was measured, without zero points, 1.1 % slower in the mean than the best of up to 40, 12 % at most.
     """
-    return hopper_candidates(m, n, k, traits, zeros)[0][1]
+    _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
+    return replace(size, split_k=parts, whole=whole)
 
 
-def hopper_candidates(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> list[tuple[float, HopperTiles]]:
-    """(microseconds by the model, tiles) of what may be good for `hopper.py`, the best first.
+def hopper_candidates(
+    m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False
+) -> Iterator[tuple[float, HopperTiles, int, int]]:
+    """(microseconds by the model, size, `split_k`, `whole`) of what may be good for `hopper.py`.
 
     K is split for all tiles, where there are few, or for those of the last round or two, which would not fill it. With zero
     points 128 registers do not hold a tile of 128 x 128: its loop spilled 12 a step, and 28672 x 4096 at M = 128 took 1.5 times
     as long as without.
     """
-    found = []
-    for kind in _HOPPER_KINDS:
-        if (kind.rows < 128 and m > 3 * kind.rows) or (zeros and kind.rows == kind.block_n == kind.registers == 128):
+    sms, steps = traits.multiprocessors, k // 64
+    for size, step_us in _HOPPER_SIZES:
+        if (size.rows < 128 and m > 3 * size.rows) or (zeros and size.rows == size.block_n == size.registers == 128):
             continue
-        tiles, at_once = -(-m // kind.rows) * -(-n // kind.block_n), len(kind.step_us) * traits.multiprocessors
-        whole = tiles - tiles % at_once
-        for first, parts in itertools.product(sorted({0, max(0, whole - at_once), whole % tiles}), _SPLITS):
-            split = tiles - first
-            if parts > 1 and (k < 4 * 64 * parts or split * parts > 4 * at_once or split > _MOST_SPLIT):
-                continue
-            t = HopperTiles(kind.block_m, kind.more_m, kind.block_n, parts, 8, kind.num_warps, kind.registers, first)
-            found.append((_microseconds(kind, t, split, k // 64, traits.multiprocessors), t))
-    return sorted(found, key=lambda pair: pair[0])
+        tiles, at_once = -(-m // size.rows) * -(-n // size.block_n), len(step_us) * sms
+        yield _rounds_us(tiles, steps, step_us, sms), size, 1, 0
+        full = tiles - tiles % at_once
+        for whole, parts in itertools.product(sorted({w for w in (0, full - at_once, full) if 0 <= w < tiles}), _SPLITS[1:]):
+            programs = (tiles - whole) * parts
+            if steps >= 4 * parts and programs <= 4 * at_once:
+                rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, -(-steps // parts), step_us, sms)
+                summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
+                yield rounds + summing, size, parts, whole
 
 
-def _microseconds(kind: HopperKind, t: HopperTiles, split: int, steps: int, multiprocessors: int) -> float:
-    """The time of a call of which `split` tiles have K split, by the rounds of its programs."""
-    time, parts = 0.0, split * t.split_k
-    for programs, length in ((t.whole, steps), (parts, -(-steps // t.split_k))):
-        rounds, left = divmod(programs, len(kind.step_us) * multiprocessors)
-        time += rounds * (length + _FILL) * kind.step_us[-1]
-        if left:
-            time += (length + _FILL) * kind.step_us[-(-left // multiprocessors) - 1]
-    if t.split_k > 1:
-        time += _SPLIT_US + _PART_US * 4 * kind.rows * kind.block_n * (t.split_k + parts / multiprocessors)
-    return time
+def _rounds_us(programs: int, steps: int, step_us: tuple[float, ...], multiprocessors: int) -> float:
+    """Microseconds of the rounds in which programs of equal length run."""
+    rounds, left = divmod(programs, len(step_us) * multiprocessors)
+    last = step_us[-(-left // multiprocessors) - 1] if left else 0.0
+    return (steps + _FILL) * (rounds * step_us[-1] + last)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
@@ -245,7 +228,6 @@ _DOUBLED = (1, 2, 4, 8, 16)
 _SPLITS = (1, 2, 3, 4, 6, 8)
 MOST_PARTS = _SPLITS[-1]
 """Of K, for `hopper.py`."""
-_MOST_SPLIT = 4096  # tiles with K split: each has a counter
 
 
 def _split_k(programs: int, steps: int, wanted: float, *, least: int, of: tuple[int, ...] = _DOUBLED) -> int:
