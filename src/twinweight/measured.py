@@ -176,20 +176,24 @@ class Costs:
 
     def options(self, workload: Workload) -> tuple[TwinOption, ...]:
         """The forms with what they save in an average call; nothing where that is below `MARGIN` of the calls they serve."""
-        saved = (math.fsum(self._saved(form, workload).values()) for form in self.forms)
-        return tuple(TwinOption(f.name, f.nbytes, us, f.is_twin) for f, us in zip(self.forms, saved, strict=True))
+        saved = self._saved(self._calls(None, workload), workload)
+        return tuple(TwinOption(f.name, f.nbytes, math.fsum(us), f.is_twin) for f, us in zip(self.forms, saved, strict=True))
 
     def gains(self, workload: Workload) -> Mapping[int, tuple[float, float]]:
         """By rows of the workload's calls: microseconds without any form, and the most that one form saves of them."""
-        saved = [self._saved(form, workload) for form in self.forms]
-        return {
-            m: (seconds * 1e6, max((found.get(m, 0.0) for found in saved), default=0.0))
-            for (m, _), (seconds, _) in zip(workload.calls, self._calls(None, workload), strict=True)
-        }
+        without = self._calls(None, workload)
+        most = [max(us) for us in zip(*self._saved(without, workload), strict=True)] or [0.0] * len(without)
+        calls = zip(workload.calls, without, most, strict=True)
+        return {m: (seconds * 1e6, saved) for (m, _), (seconds, _), saved in calls}
 
-    def _saved(self, form: Form, workload: Workload) -> dict[int, float]:
-        """Microseconds that a form saves of each call that it serves; none where together they are below `MARGIN` of those."""
-        calls = zip(workload.calls, self._calls(None, workload), self._calls(form, workload), strict=True)
-        served = {m: (was * 1e6, now * 1e6) for (m, _), (was, before), (now, after) in calls if before != after}
-        without, saved = math.fsum(was for was, _ in served.values()), math.fsum(was - now for was, now in served.values())
-        return {m: was - now for m, (was, now) in served.items()} if saved >= MARGIN * without else {}
+    def _saved(self, without: Sequence[tuple[float, str]], workload: Workload) -> list[list[float]]:
+        """By form, the microseconds saved of each of the workload's calls; zeros where together they are below `MARGIN` of the
+        calls that the form serves. without: `_calls` without any form.
+        """
+        found = []
+        for form in self.forms:
+            calls = list(zip(without, self._calls(form, workload), strict=True))
+            saved = [(was - now) * 1e6 if before != after else 0.0 for (was, before), (now, after) in calls]
+            served = math.fsum(was * 1e6 for (was, before), (_, after) in calls if before != after)
+            found.append(saved if math.fsum(saved) >= MARGIN * served else [0.0] * len(saved))
+        return found

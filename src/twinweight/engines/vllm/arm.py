@@ -83,9 +83,10 @@ def run(
     for prompt, batch in job.work.points:
         if step is not None:
             step(f"{prompt} tokens, {batch} at once")
-        if (prompt, min(batch, _WARM)) not in warm:
-            _requests(llm, prompt, min(batch, _WARM), vocabulary, 2, seed=0)
-            warm.add((prompt, min(batch, _WARM)))
+        first = prompt, min(batch, _WARM)
+        if first not in warm:
+            _requests(llm, *first, vocabulary, 2, seed=0)
+            warm.add(first)
         samples: list[tuple[float, float]] = []
         began = time.monotonic()
         while len(samples) < job.work.repeats or (len(samples) < _MOST and time.monotonic() - began < job.work.seconds):

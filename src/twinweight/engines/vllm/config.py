@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,12 @@ def _workload(value: object, where: str) -> tuple[int, ...] | str:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         return value
-    given = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    lengths: list[int] = []
-    for one in given:
-        length = int(one) if isinstance(one, str) and one.strip().isdigit() else one
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            lengths.clear()
-            break
-        lengths.append(length)
-    if not lengths:
+    if isinstance(value, str):
+        given: Sequence[object] = [int(v) if v.strip().isdigit() else v for v in value.split(",")]
+    else:
+        given = value if isinstance(value, list | tuple) else [value]
+    lengths = tuple(v for v in given if type(v) is int and v > 0)  # True is an int, too
+    if not given or len(lengths) < len(given):
         expected = "prompt lengths such as [512, 2048], or a file with a server's /metrics"
         raise ConfigError(f"{where} is {value!r}, expected {expected}")
-    return tuple(lengths)
+    return lengths

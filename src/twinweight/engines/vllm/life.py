@@ -243,8 +243,6 @@ class Life:
 
     def _gain(self) -> str:
         """What the twins save in a step of prefill, by the times that were measured; nothing where none were."""
-        if not self.plan.twins and not self.plan.missed and self.kernels:
-            return f"; twins would not save {MARGIN:.0%} of the calls they served"
         rows = max(m for m, _ in self.workload.calls)
         step, without, with_ = Workload.prefill(rows), 0.0, 0.0
         for name, kernel in self.kernels.items():
@@ -256,6 +254,8 @@ class Life:
             with_ += offer.seconds(next((f for f in offer.forms if f.name == form), None), step)
         if not without:
             return ""
+        if not self.plan.twins and not self.plan.missed:
+            return f"; twins would not save {MARGIN:.0%} of the calls they served"
         return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms"
 
     def routes(self) -> dict[str, str]:
