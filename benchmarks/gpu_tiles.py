@@ -3,7 +3,8 @@
     python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--models llama-3.1-8b] [--rows 16 64 512]
 
 Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
-{"environment", "records": [{"n", "k", "m", "tiles", "time_us"}]}, the 40 fastest of each shape and M. Prints three of them.
+{"environment", "records": [{"n", "k", "m", "symmetric", "tiles", "time_us"}]}, the 40 fastest of each
+shape and M. Prints three.
 """
 
 from __future__ import annotations
@@ -25,15 +26,31 @@ from gpu_timing import capture, copies_of, interleaved
 
 from twinweight.kernels import device, gpu, tiles
 from twinweight.kernels.expand import expand
-from twinweight.kernels.fused import fused_linear
+from twinweight.kernels.fused import Tiles, fused_linear
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import DotTiles, ExpandTiles, HopperTiles
+from twinweight.kernels.tiles import AmpereTiles, DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
-def candidates(m: int, n: int, k: int) -> list[DotTiles | HopperTiles]:
+AMPERE = {
+    8: [
+        (32, 2, 0, 2),
+        (64, 2, 128, 2),
+        (64, 4, 64, 2),
+        (64, 4, 80, 2),
+        (64, 4, 96, 4),
+        (64, 4, 0, 4),
+        (128, 4, 128, 2),
+        (128, 8, 80, 2),
+    ],
+    16: [(32, 2, 0, 2), (32, 2, 96, 2), (64, 4, 80, 2), (64, 4, 96, 2), (64, 4, 128, 4), (128, 4, 128, 2), (128, 4, 168, 2)],
+}
+"""(features, warps, registers, depth) of tiles of `ampere.py`."""
+
+
+def candidates(m: int, n: int, k: int) -> list[Tiles]:
     """What may be good for m rows: for few, of what was not slower than these everywhere on an H200; for more, the best of each
     size by the model in `tiles.py`.
     """
@@ -45,9 +62,14 @@ def candidates(m: int, n: int, k: int) -> list[DotTiles | HopperTiles]:
             if us < 1.35 * modelled[0][0]:
                 by_size.setdefault(size, []).append(replace(size, split_k=parts, whole=whole))
         return [t for found in by_size.values() for t in found[:6]]
-    block_m = 8 if m <= 8 else 16 if m <= 16 else 32
-    grid = itertools.product([(64, 4), (128, 4)], [3, 4], [1, 2, 3, 4, 6, 8])
-    found = [DotTiles(block_m, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
+    splits = [1, 2, 3, 4, 6, 8]
+    if m <= 16:
+        block_m, sizes = 8 if m <= 8 else 16, itertools.product(AMPERE[8 if m <= 8 else 16], splits)
+        some = [AmpereTiles(block_m, features, 16, depth, s, warps, regs) for (features, warps, regs, depth), s in sizes]
+        some = [t for t in some if k % (128 * t.depth) == 0 and k >= 256 * t.depth * t.split_k]
+        return [t for t in some if t.split_k == 1 or -(-n // t.block_n) * t.split_k <= 1400]
+    grid = itertools.product([(64, 4), (128, 4)], [3, 4], splits)
+    found = [DotTiles(32, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
     return [t for t in found if 66 <= -(-m // t.rows) * -(-n // t.block_n) * t.split_k <= (1200 if t.split_k > 1 else 1 << 30)]
 
 
@@ -57,30 +79,33 @@ def expand_candidates() -> list[ExpandTiles]:
     return [ExpandTiles(n, 16, warps) for n, warps in grid]
 
 
-def random_weight(n: int, k: int, seed: int = 0) -> Int4Weight:
-    """A random weight on the GPU."""
+def random_weight(n: int, k: int, seed: int = 0, zeros: bool = False) -> Int4Weight:
+    """A random weight on the GPU, with or without zero points."""
     g = torch.Generator("cuda").manual_seed(seed)
     words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), generator=g, device="cuda", dtype=torch.int32)
     scales = (torch.rand(n, k // 128, generator=g, device="cuda") * 0.01 + 0.001).bfloat16()
-    return Int4Weight(words, scales, None, None, 128, k)
+    points = torch.randint(4, 12, (n, k // 128), generator=g, device="cuda", dtype=torch.uint8) if zeros else None
+    return Int4Weight(words, scales, points, None, 128, k)
 
 
-def _compiled_as(t: DotTiles | HopperTiles) -> DotTiles | HopperTiles:
+def _compiled_as(t: Tiles) -> Tiles:
     """Tiles whose kernel is the same, for a small weight."""
-    return replace(t, whole=0, split_k=min(2, t.split_k)) if isinstance(t, HopperTiles) else t
+    if isinstance(t, HopperTiles):
+        return replace(t, whole=0, split_k=min(2, t.split_k))
+    return replace(t, split_k=min(2, t.split_k)) if isinstance(t, AmpereTiles) else t
 
 
-def compile_one(job: tuple[int, DotTiles | HopperTiles | ExpandTiles]) -> str | None:
+def compile_one(job: tuple[int, Tiles | ExpandTiles, bool]) -> str | None:
     """In a worker: compiles into Triton's cache by one launch on a small weight; the error where there is one."""
-    m, t = job
+    m, t, zeros = job
     try:
-        w = gpu.prepare(random_weight(256, 4096))
+        w = gpu.prepare(random_weight(256, 4096, zeros=zeros))
         if isinstance(t, ExpandTiles):
             out = torch.empty(256, 4096, device="cuda", dtype=torch.bfloat16)
             expand(w.packed, w.scales, None, None, out, group_size=128, tiles=t)
             return None
         x = torch.randn(m, 4096, device="cuda").bfloat16()
-        fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
+        fused_linear(x, w.packed, w.scales, w.zeros, None, group_size=128, tiles=t)
         torch.cuda.synchronize()
     except Exception as error:  # reported, and the candidate dropped
         return f"{type(error).__name__}: {error}"[:200]
@@ -104,7 +129,7 @@ def expansions(n: int, k: int, weights: list[KernelWeight]) -> list[dict[str, ob
     moved = n * k * (2.5 + 2 / 128)
     for us, t in best[:5]:
         print(f"{n}x{k} expand: {us:8.2f} us {moved / us / 1e6:.2f} TB/s {tuple(asdict(t).values())}", flush=True)
-    return [{"n": n, "k": k, "m": 0, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best]
+    return [{"n": n, "k": k, "m": 0, "symmetric": True, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best]
 
 
 def environment() -> dict[str, str]:
@@ -122,15 +147,17 @@ def main() -> None:
     p.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
     p.add_argument("--budget", type=float, default=240.0, help="seconds after which no further size is begun")
     p.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    p.add_argument("--zeros", action="store_true", help="weights with zero points; without `expand`")
     p.add_argument("--models", nargs="+", default=["llama-3.1-8b"], choices=LINEARS)
     a = p.parse_args()
     begun = time.monotonic()
     shapes = [shape for model in a.models for shape in LINEARS[model]]
     wanted = ((m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k))
-    jobs = list(dict.fromkeys((1 if m == 1 else 8 if m % 16 else 16, _compiled_as(t)) for m, t in wanted))
+    jobs = list(dict.fromkeys((1 if m == 1 else 8 if m % 16 else 16, _compiled_as(t), a.zeros) for m, t in wanted))
+    expanding = [] if a.zeros else [(16, t, False) for t in expand_candidates()]
     if a.workers:
         with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
-            failed = [e for e in pool.map(compile_one, jobs + [(16, t) for t in expand_candidates()], chunksize=1) if e]
+            failed = [e for e in pool.map(compile_one, jobs + expanding, chunksize=1) if e]
         for message in sorted(set(failed)):
             print("fails:", message, failed.count(message))
         print(f"{len(jobs)} candidates compiled in {time.monotonic() - begun:.0f} s", flush=True)
@@ -138,9 +165,9 @@ def main() -> None:
         return
     records = []
     for n, k in shapes:
-        weights = [gpu.prepare(random_weight(n, k, seed)) for seed in range(copies_of(n * k // 2))]
-        dense = random_weight(n, k).dequantize().float()
-        records += expansions(n, k, weights)
+        weights = [gpu.prepare(random_weight(n, k, seed, a.zeros)) for seed in range(copies_of(n * k // 2))]
+        dense = random_weight(n, k, 0, a.zeros).dequantize().float()
+        records += [] if a.zeros else expansions(n, k, weights)
         for m in a.rows:
             if time.monotonic() - begun > a.budget:
                 break
@@ -149,7 +176,7 @@ def main() -> None:
             graphs = {}
             for t in candidates(m, n, k):
                 calls = [
-                    lambda w=w, t=t, x=x: fused_linear(x, w.packed, w.scales, None, None, group_size=128, tiles=t)
+                    lambda w=w, t=t, x=x: fused_linear(x, w.packed, w.scales, w.zeros, None, group_size=128, tiles=t)
                     for w in weights
                 ]
                 try:
@@ -163,7 +190,8 @@ def main() -> None:
                 graphs[t] = capture(calls, max(1, min(len(calls), 2048 // m)))
             samples = interleaved(graphs, rounds=3, warm=1)
             best = sorted(((min(s), t) for t, s in samples.items()), key=lambda pair: pair[0])
-            records += [{"n": n, "k": k, "m": m, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best[:40]]
+            kind = {"n": n, "k": k, "m": m, "symmetric": not a.zeros}
+            records += [{**kind, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best[:40]]
             for us, t in best[:3]:
                 rate = (
                     f"{2 * m * n * k / us / 1e6:.0f} TFLOP/s" if m >= 32 else f"{n * k * (0.5 + 2 / 128) / us / 1e6:.2f} TB/s"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.helpers import random_weight
-from twinweight.kernels.tiles import DotTiles, ExpandTiles, HopperTiles
+from twinweight.kernels.tiles import AmpereTiles, DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,5 +75,15 @@ HOPPER_TILES = {
     "hopper-wide": HopperTiles(128, 0, 256, split_k=1, group_n=8, num_warps=8),
 }
 """For K in whole blocks of 64 columns, and rows of x that are aligned."""
+
+ON_AMPERE = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+AMPERE_TILES = {
+    "ampere": AmpereTiles(8, 32, 8, depth=1, split_k=1, num_warps=2),
+    "ampere-split": AmpereTiles(16, 64, 8, depth=1, split_k=3, num_warps=4),
+    "ampere-repeats": AmpereTiles(32, 64, 8, depth=1, split_k=1, num_warps=2),
+    "ampere-steps": AmpereTiles(8, 64, 16, depth=2, split_k=1, num_warps=4, registers=80),
+    "ampere-steps-split": AmpereTiles(16, 128, 16, depth=2, split_k=2, num_warps=4),
+}
+"""For K in whole turns, rows of x that are aligned, and groups that steps divide."""
 
 EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

@@ -27,9 +27,9 @@ from triton.compiler import ASTSource
 from twinweight.kernels import expand, fused, tiles
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True)),
+    "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True, gluon=True)),
     "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True, gluon=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True, gluon=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), tiles.DeviceTraits("amd", 64, 304, 65536, False)),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), tiles.DeviceTraits("amd", 32, 96, 65536, False)),
     "gfx1151": (GPUTarget("hip", "gfx1151", 32), tiles.DeviceTraits("amd", 32, 40, 65536, False)),
@@ -59,11 +59,14 @@ def variants(
     hopper = [("fused-96", 96, N, tiles.fused_tiles), ("fused-wide", 512, WIDE, tiles.fused_tiles)]
     hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-capped", 128, WIDE, tiles.fused_tiles)]
     hopper += [("fused-plain", 512, N, tiles.plain_tiles)]
+    gluon = [("int4-wide", 8, WIDE, tiles.decode_tiles), ("int4-plain", 1, N, tiles.plain_decode_tiles)]
+    gluon += [("int4-32", 32, N, tiles.decode_tiles)]
     for name, m, n, choose in (
         ("int4", 1, N, tiles.decode_tiles),
         ("int4-16", 16, N, tiles.decode_tiles),
         ("fused", 512, N, tiles.fused_tiles),
-        *(hopper if traits.gluon and not ragged else []),
+        *(hopper if traits.wgmma and not ragged else []),
+        *(gluon if traits.gluon and not ragged else []),
     ):
         t = choose(m, n, k, group_size, traits, not symmetric)
         if isinstance(t, tiles.HopperTiles):
@@ -73,6 +76,12 @@ def variants(
             other = {"GROUP": 32, "SPLITS": True} if name == "fused-half" else {}
             options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
             made[name] = (hopper_dot_kernel, common | hopper_constants(t) | other, options)
+            continue
+        if isinstance(t, tiles.AmpereTiles):
+            from twinweight.kernels.ampere import ampere_dot_kernel
+
+            options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
+            made[name] = (ampere_dot_kernel, common | ampere_constants(t), options)
             continue
         made[name] = (
             fused._dot_kernel,
@@ -100,6 +109,14 @@ def hopper_constants(t: tiles.HopperTiles) -> Constants:
     return {
         "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n,
         "SPLITS": t.split_k > 1, "GROUP_N": t.group_n,
+    }  # fmt: skip
+
+
+def ampere_constants(t: tiles.AmpereTiles) -> Constants:
+    """The constants of `ampere_dot_kernel` that follow from tiles."""
+    return {
+        "HAS_BIAS": True, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_W": t.block_words, "DEPTH": t.depth,
+        "SPLITS": t.split_k > 1,
     }  # fmt: skip
 
 
@@ -172,6 +189,7 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
         "matrix": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "loose": _loose(ptx),
+        "racing": _racing(ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
         "loop_spills": sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in _product_loop(sass)[0]),
         "unsettled": unsettled(sass),
@@ -192,6 +210,19 @@ def _loose(ptx: str) -> int:
         elif re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", line):
             waited = False
         elif waited and re.search(r"cp\.async\.c[ag]", line):
+            found += 1
+    return found
+
+
+def _racing(ptx: str) -> int:
+    """Copies into shared memory after a read of it and before a barrier: other warps may not have read what they overwrite."""
+    found, read = 0, False
+    for line in ptx.splitlines():
+        if re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", line):
+            read = False
+        elif re.search(r"\bld\.shared|\bldmatrix", line):
+            read = True
+        elif read and re.search(r"cp\.async\.c[ag]", line):
             found += 1
     return found
 

@@ -7,14 +7,24 @@ import torch
 from torch import Tensor
 
 from tests.helpers import assert_close, random_weight
-from tests.kernels.cases import CASES, DEVICE, HOPPER_TILES, LINEAR_TILES, ON_HOPPER, WIDE_TILES, Case
+from tests.kernels.cases import (
+    AMPERE_TILES,
+    CASES,
+    DEVICE,
+    HOPPER_TILES,
+    LINEAR_TILES,
+    ON_AMPERE,
+    ON_HOPPER,
+    WIDE_TILES,
+    Case,
+)
 from twinweight.kernels import gpu, reference
 from twinweight.kernels.decode import int4_linear
+from twinweight.kernels.fused import Tiles as AnyTiles
 from twinweight.kernels.fused import fused_linear
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import DotTiles, HopperTiles
 
-Tiles = DotTiles | HopperTiles | None
+Tiles = AnyTiles | None
 CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LINEAR_TILES.items()] + [
     pytest.param("fused", None, id="fused-chosen")
 ]
@@ -43,6 +53,13 @@ PAIRS += [
     for case in CASES
     for name, tiles in HOPPER_TILES.items()
     if ON_HOPPER and case.k % 64 == 0 and not case.strided
+]
+PAIRS += [
+    pytest.param(case, "int4", tiles, id=f"{case}-int4-{name}")
+    for case in CASES
+    for name, tiles in AMPERE_TILES.items()
+    if ON_AMPERE and not case.strided and case.k % (8 * tiles.block_words * tiles.depth * tiles.split_k) == 0
+    if case.group_size == case.k or case.group_size % (8 * tiles.block_words) == 0
 ]
 
 
@@ -81,6 +98,18 @@ def test_identity_gives_the_weight(
     columns = slice(None) if DEVICE.type == "cuda" else slice(None, None, 17)  # the interpreter is slow; 17 meets every nibble
     result = run(path, torch.eye(k, dtype=dtype, device=DEVICE)[columns], gpu.prepare(w), None, tiles)
     assert torch.equal(result.T, w.dequantize(dtype)[:, columns])
+
+
+@pytest.mark.skipif(not ON_AMPERE, reason="needs an NVIDIA GPU, Ampere or later")
+@pytest.mark.parametrize("tiles", AMPERE_TILES.values(), ids=AMPERE_TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(768, 128, False), (768, 128, True), (512, 512, False)])
+def test_identity_gives_the_weight_on_ampere(
+    k: int, group_size: int, symmetric: bool, dtype: torch.dtype, tiles: Tiles
+) -> None:
+    w = random_weight(176, k, group_size, dtype, symmetric, seed=k).to(DEVICE)
+    result = run("int4", torch.eye(k, dtype=dtype, device=DEVICE), gpu.prepare(w), None, tiles)
+    assert torch.equal(result.T, w.dequantize(dtype))
 
 
 @pytest.mark.parametrize("path", ["int4", "fused"])

@@ -1,15 +1,16 @@
 """`int4`: x @ W.T + b for few rows, where the time is that of reading the 4-bit weight once.
 
-The kernel is that of `fused.py` with tiles for few rows, one row too: matrix instructions are idle otherwise, and a product in
-fp32 would spend three instructions a weight beyond unpacking it.
+On NVIDIA GPUs from Ampere on the kernel is that of `ampere.py`, up to 16 rows, else that of `fused.py` with tiles for few rows.
+Both use matrix instructions, for one row too: those are idle otherwise, and a product in fp32 would spend three instructions a
+weight beyond unpacking it.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .fused import launch
-from .tiles import DotTiles, decode_tiles
+from .fused import Tiles, launch
+from .tiles import decode_tiles
 
 
 def int4_linear(
@@ -21,7 +22,7 @@ def int4_linear(
     *,
     group_size: int,
     out: Tensor | None = None,
-    tiles: DotTiles | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """x @ W.T + b for few rows (right for any number), accumulated in fp32 and rounded once.
 

@@ -28,14 +28,14 @@ def traits_of(device: torch.device) -> DeviceTraits:
         rounds_bf16=True,
         ptx=True,
         wgmma=p.major == 9,
-        gluon=p.major == 9 and _gluon(),
+        gluon=p.major >= 8 and _gluon(),
     )
 
 
 def _gluon() -> bool:
-    """Whether this Triton has what `hopper.py` is written in. Gluon is young, and its names may change."""
+    """Whether this Triton has what Gluon's kernels are written in. It is young, and its names may change."""
     try:
-        from . import hopper  # noqa: F401
+        from . import ampere, hopper  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from .device import traits_of
 from .launch import COUNTERS, Launch, Plan, counters, plan
-from .tiles import DeviceTraits, DotTiles, HopperTiles, fused_tiles, plain_tiles
+from .tiles import AmpereTiles, DeviceTraits, DotTiles, HopperTiles, fused_tiles, plain_tiles
 from .unpack import (
     biased_zeros,
     check_linear,
     check_step,
+    check_turn,
     check_weight,
     group_at,
     group_columns,
@@ -44,7 +45,7 @@ from .unpack import (
     word_offset,
 )
 
-Tiles = DotTiles | HopperTiles
+Tiles = DotTiles | AmpereTiles | HopperTiles
 Choose = Callable[[int, int, int, int, DeviceTraits, bool], Tiles]
 
 
@@ -247,11 +248,12 @@ def _plan(
     if m == 0 or n == 0:
         return Plan((m, n), None)
     traits = traits_of(x.device)
-    t = tiles or choose(m, n, k, group_size, traits, zeros is not None)
-    if isinstance(t, HopperTiles) and (k % 64 or x.stride(0) % 16 or x.data_ptr() % 16):
+    zero_points, packed_as = zeros is not None, packing(x.dtype, scales.dtype, traits)
+    t = tiles or choose(m, n, k, group_size, traits, zero_points)
+    if reason := _unfit(t, x, packed_as):
         if tiles is not None:
-            raise ValueError(f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}")
-        t = plain_tiles(m, n, k, group_size, traits, zeros is not None)
+            raise ValueError(reason)
+        t = plain_tiles(m, n, k, group_size, traits, zero_points)
     whole = t.whole if isinstance(t, HopperTiles) else 0
     split = -(-m // t.rows) * -(-n // t.block_n) - whole
     if split < 0 or (t.split_k > 1 and split > COUNTERS):
@@ -259,31 +261,46 @@ def _plan(
     parts = split * t.split_k if t.split_k > 1 else 0
     group = group_columns(group_size, groups)
     stride_out = out.stride(0) if out is not None else n
-    packed_as = packing(x.dtype, scales.dtype, traits)
     integers: tuple[int, ...] = (m, n, k, words, groups, x.stride(0), stride_out)
+    flags = (group, zero_points, bias is not None)
     kernel: Any = _dot_kernel
     grid = (split, t.split_k, 1)
     options = {"num_warps": t.num_warps}
-    constants: tuple[object, ...]
-    if isinstance(t, HopperTiles):
-        from .hopper import hopper_dot_kernel
-
-        kernel = hopper_dot_kernel
-        grid = (whole + split * t.split_k, 1, 1)
-        integers = (*integers, whole, t.split_k)
-        options |= {"maxnreg": t.registers} if t.registers else {}
-        constants = (
-            group, zeros is not None, bias is not None, t.block_m, t.more_m, t.block_n, parts > 0, t.group_n,
-            packed_as,
-        )  # fmt: skip
-    else:
+    if isinstance(t, DotTiles):
         check_step(t.block_words, group)
         options["num_stages"] = t.num_stages
         even = k % (8 * t.block_words) == 0, words % t.block_words == 0
         scale_sums, settle = kernel_flags(t, group, packed_as, traits)
-        constants = (
-            group, zeros is not None, bias is not None, *even, t.block_m, t.block_n, t.block_words, t.split_k, t.group_n,
-            scale_sums, settle, packed_as, traits.rounds_bf16,
+        constants: tuple[object, ...] = (
+            *flags, *even, t.block_m, t.block_n, t.block_words, t.split_k, t.group_n, scale_sums, settle, packed_as,
+            traits.rounds_bf16,
         )  # fmt: skip
+    else:
+        options |= {"maxnreg": t.registers} if t.registers else {}
+        if isinstance(t, AmpereTiles):
+            from .ampere import ampere_dot_kernel
+
+            check_turn(t, k, group)
+            kernel = ampere_dot_kernel
+            integers = (*integers, t.split_k)
+            constants = (*flags, t.block_m, t.block_n, t.block_words, t.depth, parts > 0)
+        else:
+            from .hopper import hopper_dot_kernel
+
+            kernel = hopper_dot_kernel
+            grid = (whole + split * t.split_k, 1, 1)
+            integers = (*integers, whole, t.split_k)
+            constants = (*flags, t.block_m, t.more_m, t.block_n, parts > 0, t.group_n, packed_as)
     launch = Launch(kernel, grid, integers, constants, options, x.device)
     return Plan((m, n), launch, parts * t.rows * t.block_n)
+
+
+def _unfit(t: Tiles, x: Tensor, packed_as: int) -> str:
+    """Why the kernel of these tiles does not take this x, if so: Gluon's kernels copy 16 bytes of x at once."""
+    if isinstance(t, DotTiles):
+        return ""
+    if x.shape[1] % 64 or x.stride(0) % 16 or x.data_ptr() % 16:
+        return f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}"
+    if isinstance(t, AmpereTiles) and packed_as != 2:
+        return f"x: expected the dtype of the scales, found {x.dtype}"
+    return ""

@@ -20,7 +20,7 @@ class DeviceTraits:
 
     shared_memory: bytes a program can use. rounds_bf16: fp32 becomes bf16, to nearest even, in one instruction.
     ptx: its assembly is PTX. wgmma: products run beside the instructions that follow and read registers meanwhile (Hopper).
-    gluon: `hopper.py` runs on it.
+    gluon: it is an Ampere GPU or a later one, and this Triton has what `ampere.py` and `hopper.py` are written in.
     """
 
     vendor: Literal["nvidia", "amd"]
@@ -82,6 +82,28 @@ class HopperTiles:
 
 
 @dataclass(frozen=True)
+class AmpereTiles:
+    """A tile of block_m rows by block_n features for `ampere.py`: K in `split_k` parts, in turns of `depth` steps.
+
+    block_m: 8 or a multiple. block_n: 16 features a warp or a power of two more. block_words: 8 or 16, which lie in one group;
+    K is a whole number of turns. registers: most of a lane; 0: what it takes.
+    """
+
+    block_m: int
+    block_n: int
+    block_words: int
+    depth: int
+    split_k: int
+    num_warps: int
+    registers: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of x a program takes."""
+        return self.block_m
+
+
+@dataclass(frozen=True)
 class ExpandTiles:
     """block_n rows by block_words words (8 columns each) of the dense weight a program."""
 
@@ -90,16 +112,45 @@ class ExpandTiles:
     num_warps: int
 
 
-def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
+def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles | AmpereTiles:
     """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
 
-    zeros: whether the weight has zero points, for which unpacking waits: with them 128 features and 32 rows took 45.7 us for
-    28672 x 4096, 27.9 without (H200).
+    zeros: whether the weight has zero points.
+    """
+    if m <= 16 and traits.gluon and (group_size == k or group_size % 64 == 0) and k % 64 == 0:
+        return ampere_tiles(m, n, k, group_size, traits, zeros)
+    return plain_decode_tiles(m, n, k, group_size, traits, zeros)
+
+
+def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> AmpereTiles:
+    """Tiles of `ampere.py` for up to 16 rows, K a multiple of 64: as few registers as do, and K split while all programs run at
+    once.
+
+    H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 8 and 16, 26 November 2026
+    (`benchmarks/results/h200-tiles.json`): 0.7 % slower in the mean than the best of up to 48, 3 % at most; with zero points
+    1.0 and 6 %.
+    """
+    words = 16 if k % 128 == 0 and (group_size == k or group_size % 128 == 0) else 8
+    steps, sms = k // (8 * words), traits.multiprocessors
+    depth = 2 if steps % 2 == 0 else 1
+    if m <= 8:
+        block_m, block_n, registers = 8, 64, 80 if zeros and n <= 384 * sms else 64
+    else:
+        block_m, block_n, registers = (16, 64, 96) if zeros or n * k < 1.5e6 * sms else (16, 128, 128)
+    tiles, turns, at_once = -(-n // block_n), steps // depth, 512 // registers * sms
+    split = max((s for s in (2, 4, 8) if tiles * s <= at_once and turns >= 2 * s), default=1)
+    return AmpereTiles(block_m, block_n, words, depth, split, num_warps=4, registers=registers)
+
+
+def plain_decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
+    """Tiles of `fused.py` for `int4_linear`.
+
+    zeros: for these unpacking waits: with them 128 features and 32 rows took 45.7 us for 28672 x 4096, 27.9 without (H200).
 
     NVIDIA: 64 output features a program, K split until there are about three programs a multiprocessor. H200, the linears of
-    llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 16 and 32, 26 November 2026 (`benchmarks/results/h200-tiles.json`):
-    1.1 % slower in the mean than the best of up to 36, 6 % at most. Scaling sums took 5 to 14 % less time than scaling
-    weights (H100, `h100-tiles-before.json`).
+    llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 32, 26 November 2026 (`benchmarks/results/h200-tiles.json`): 0.2 % slower in
+    the mean than the best of up to 24, 1.6 % at most; with zero points 0.9 and 12 %. Scaling sums took 5 to 14 % less time than
+    scaling weights (H100, `h100-tiles-before.json`).
     """
     if traits.vendor == "amd":
         words = _block_words(k, group_size, most=8)
@@ -123,7 +174,7 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
 
 def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles | HopperTiles:
     """Tiles for `fused_linear`, more than 32 rows: a weight is unpacked once for many rows. zeros: it has zero points."""
-    if m > 32 and traits.gluon and k % 64 == 0:
+    if m > 32 and traits.wgmma and traits.gluon and k % 64 == 0:
         return hopper_tiles(m, n, k, traits, zeros)
     return plain_tiles(m, n, k, group_size, traits, zeros)
 
@@ -131,7 +182,7 @@ def fused_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, z
 def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
     """Tiles of `fused.py` for `fused_linear`: while a program unpacks, others multiply."""
     if m <= 32:
-        return decode_tiles(m, n, k, group_size, traits, zeros)
+        return plain_decode_tiles(m, n, k, group_size, traits, zeros)
     # Untuned. Larger tiles spill registers on gfx11; so do these on four warps where there are zero points.
     nvidia = traits.vendor == "nvidia"
     block_m = 128 if m > 64 and (nvidia or traits.warp_size == 64) else 64
@@ -142,35 +193,36 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, z
     return DotTiles(block_m, block_n, 8, split, group_n=8, num_warps=warps, num_stages=stages)
 
 
-_HOPPER_SIZES: tuple[tuple[HopperTiles, tuple[float, ...]], ...] = (
-    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.27, 0.34, 0.46, 0.56)),
-    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.36, 0.57)),
-    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.26, 0.35, 0.47, 0.59)),
-    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.35, 0.56)),
-    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.32, 0.44, 0.62)),
-    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.42, 0.75)),
-    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.34, 0.50, 0.72)),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.467,)),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.48, 0.87)),
-    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.44, 0.70)),
-    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.68,)),
-    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.71,)),
+_HOPPER_SIZES: tuple[tuple[HopperTiles, tuple[float, ...], float], ...] = (
+    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.27, 0.34, 0.46, 0.56), 1.06),
+    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.36, 0.57), 1.08),
+    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.26, 0.35, 0.47, 0.59), 1.06),
+    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.35, 0.56), 1.08),
+    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.32, 0.44, 0.62), 1.10),
+    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.42, 0.75), 1.16),
+    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.34, 0.50, 0.72), 1.14),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.467,), 1.25),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.48, 0.87), 1.55),
+    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.44, 0.70), 1.06),
+    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.68,), 1.07),
+    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.71,), 1.06),
 )
-"""Sizes of tiles for `hopper.py`, and microseconds of a step of 64 columns where 1, 2, ... programs share a multiprocessor,
-which holds as many as there are values.
+"""Sizes of tiles for `hopper.py`, microseconds of a step of 64 columns where 1, 2, ... programs share a multiprocessor, which
+holds as many as there are values, and how many times as long a step takes with zero points.
 
 Fitted to 2300 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
-(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves.
+(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves. The last
+are medians of 2000 times with zero points.
 """
 
 _FILL = 4  # steps that it takes a program to begin and to end
-_SPLIT_US, _PART_US = 1.8, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
+_SPLIT_US, _PART_US = 1.8, 2.6e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
 
 
 def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperTiles:
     """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64: the best by the rounds of programs that they make.
 
-    Of what was measured, without zero points, 1.1 % slower in the mean than the best of up to 40, 12 % at most.
+    Of what was measured 1.2 % slower in the mean than the best of up to 40, 12 % at most, with and without zero points.
     """
     _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
     return replace(size, split_k=parts, whole=whole)
@@ -181,14 +233,13 @@ def hopper_candidates(
 ) -> Iterator[tuple[float, HopperTiles, int, int]]:
     """(microseconds by the model, size, `split_k`, `whole`) of what may be good for `hopper.py`.
 
-    K is split for all tiles, where there are few, or for those of the last round or two, which would not fill it. With zero
-    points 128 registers do not hold a tile of 128 x 128: its loop spilled 12 a step, and 28672 x 4096 at M = 128 took 1.5 times
-    as long as without.
+    K is split for all tiles, where there are few, or for those of the last round or two, which would not fill it.
     """
     sms, steps = traits.multiprocessors, k // 64
-    for size, step_us in _HOPPER_SIZES:
-        if (size.rows < 128 and m > 3 * size.rows) or (zeros and size.rows == size.block_n == size.registers == 128):
+    for size, alone_us, slower in _HOPPER_SIZES:
+        if size.rows < 128 and m > 3 * size.rows:
             continue
+        step_us = tuple(us * slower for us in alone_us) if zeros else alone_us
         tiles, at_once = -(-m // size.rows) * -(-n // size.block_n), len(step_us) * sms
         yield _rounds_us(tiles, steps, step_us, sms), size, 1, 0
         full = tiles - tiles % at_once
@@ -227,7 +278,7 @@ def _block_words(k: int, group_size: int, *, most: int) -> int:
 _DOUBLED = (1, 2, 4, 8, 16)
 _SPLITS = (1, 2, 3, 4, 6, 8)
 MOST_PARTS = _SPLITS[-1]
-"""Of K, for `hopper.py`."""
+"""Of K, for `ampere.py` and `hopper.py`."""
 
 
 def _split_k(programs: int, steps: int, wanted: float, *, least: int, of: tuple[int, ...] = _DOUBLED) -> int:

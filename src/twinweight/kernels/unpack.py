@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .order import BLOCK, BLOCK_WORDS, padded_rows, padded_words
-from .tiles import DeviceTraits
+from .tiles import AmpereTiles, DeviceTraits
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16)
 
@@ -105,6 +105,15 @@ def twice(x):
 
 
 @triton.jit
+def biased_zero_pair(z, DTYPE: tl.constexpr):
+    """Zero points [R] -> int32 [R, 1] that hold -(1024 + z) in fp16 or -(128 + z) in bf16 twice.
+
+    A small integer is the foot of the mantissa, here too.
+    """
+    return ((z.to(tl.int32) * 0x10001) | (-0x1BFF1C00 if DTYPE == tl.float16 else -0x3CFF3D00))[:, None]
+
+
+@triton.jit
 def pair_constants(s, z, DTYPE: tl.constexpr, PACKED: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """What `weight_pairs` takes of a group: [R, 1] each, (scale, biased zero point).
 
@@ -113,8 +122,7 @@ def pair_constants(s, z, DTYPE: tl.constexpr, PACKED: tl.constexpr, HAS_ZEROS: t
     if PACKED == 2:
         a, b = twice(s)[:, None], 0
         if HAS_ZEROS:
-            # -(1024 + z) or -(128 + z): a small integer is the foot of the mantissa, here too
-            b = ((z.to(tl.int32) * 0x10001) | (-0x1BFF1C00 if DTYPE == tl.float16 else -0x3CFF3D00))[:, None]
+            b = biased_zero_pair(z, DTYPE)
     elif PACKED == 1:
         bias: tl.constexpr = 1024.0 if DTYPE == tl.float16 else 128.0
         a = s[:, None]
@@ -277,6 +285,13 @@ def check_step(block_words: int, group: int) -> None:
     if block_words % BLOCK_WORDS or (group % columns and columns != BLOCK):
         expected = f"{BLOCK_WORDS}, or more where they divide a group of {group} columns"
         raise ValueError(f"block_words: expected {expected}, found {block_words}")
+
+
+def check_turn(t: AmpereTiles, k: int, group: int) -> None:
+    """Raises ValueError unless K is a whole number of turns, in as many parts at least, and a step of K lies in one group."""
+    columns = 8 * t.block_words
+    if t.block_words not in (8, 16) or group % columns or k % (columns * t.depth) or t.split_k > k // (columns * t.depth):
+        raise ValueError(f"tiles: expected turns of one group's steps for K={k} in groups of {group or k}, found {t}")
 
 
 def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int, k: int) -> tuple[int, int, int]:

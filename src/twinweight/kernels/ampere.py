@@ -1,0 +1,196 @@
+"""`int4` on NVIDIA: every warp has a stream of words of its own, from memory to registers and from there into products.
+
+`fused.py` brings words to shared memory, and all warps of a program meet twice for each step. In the order of `order.py` a lane
+finds the words that its products take side by side, and Gluon lets layouts be said: here they are loaded where they are used,
+`depth` steps ahead. x alone, which all warps need, goes through shared memory, and they meet once in `depth` steps.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,operator"
+# (Triton kernels carry no types; every other function here does.)
+
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from .tiles import MOST_PARTS
+from .unpack import biased_zero_pair, group_at, integer_tile, tile_at
+
+_PARTS = gl.constexpr(MOST_PARTS)
+
+
+@gluon.constexpr_function
+def words_layout(rows, words, warps, halves):
+    """Words [rows, words]: of each block a lane holds words 2 * (lane % 4) and the next, of rows lane // 4 and lane // 4 + 8,
+    which are four neighbouring columns of each 16. With `halves` the same words, as `_in_halves` names them.
+    """
+    pair, lanes = ([0, 4], [[0, 1], [0, 2]]) if halves else ([0, 1], [[0, 2], [0, 4]])
+    blocks = [[0, 8 << i] for i in range((words // 8).bit_length() - 1)]
+    repeats = [[16 * warps << i, 0] for i in range((rows // (16 * warps)).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [pair, [8, 0], *blocks, *repeats], [*lanes, [1, 0], [2, 0], [4, 0]],
+        [[16 << i, 0] for i in range(warps.bit_length() - 1)], [], [rows, words],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def x_layout(columns, rows, warps):
+    """x transposed, [columns, rows]: a lane holds columns 4 * (lane % 4) to the fourth of each 16, of row lane // 4."""
+    steps = [[16 << i, 0] for i in range((columns // 16).bit_length() - 1)]
+    repeats = [[0, 8 << i] for i in range((rows // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[1, 0], [2, 0], *steps, *repeats], [[4, 0], [8, 0], [0, 1], [0, 2], [0, 4]],
+        [[0, 0]] * (warps.bit_length() - 1), [], [columns, rows],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _in_halves(words):
+    """Words [R, 8 * B] with those at even places of every block first: a product takes the lane's two as its two halves."""
+    R: gl.constexpr = words.shape[0]
+    W: gl.constexpr = words.shape[1]
+    return words.reshape([R, W // 8, 4, 2]).permute((0, 1, 3, 2)).reshape([R, W])
+
+
+@gluon.jit
+def _columns_in_halves(x):
+    """Columns of x [16 * B, R] in the order that `_in_halves` gives the weight's."""
+    K: gl.constexpr = x.shape[0]
+    R: gl.constexpr = x.shape[1]
+    return x.reshape([K // 16, 4, 2, 2, R]).permute((0, 2, 1, 3, 4)).reshape([K, R])
+
+
+@gluon.jit
+def _copy_x(smem, x_ptr, offs, inside, FIRST: gl.constexpr, DEPTH: gl.constexpr):
+    """Begin to copy the x of DEPTH steps into buffers from FIRST on; rows that are not inside become zeros."""
+    for i in gl.static_range(DEPTH):
+        async_copy.async_copy_global_to_shared(smem[FIRST + i], x_ptr + i * smem[0].shape[1] + offs, mask=inside)
+    async_copy.commit_group()
+
+
+@gluon.jit(do_not_specialize=["M", "split"])
+def ampere_dot_kernel(
+    x_ptr,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    out_ptr,
+    parts_ptr,
+    counters_ptr,
+    M,
+    N,
+    K,
+    W,
+    G,
+    stride_x,
+    stride_out,
+    split,
+    GROUP: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_W: gl.constexpr,
+    DEPTH: gl.constexpr,
+    SPLITS: gl.constexpr,
+):
+    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M rows; with SPLITS over one of `split` parts of K (axis 1).
+
+    A step is BLOCK_W words, which lie in one group; K is a whole number of turns of DEPTH steps. Products take integers, and
+    scales act on the sums of a step.
+    """
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    WARPS: gl.constexpr = gl.num_warps()
+    BLOCK_K: gl.constexpr = 8 * BLOCK_W
+    STEP: gl.constexpr = 16 * BLOCK_W  # words from a step to the next, of 16 rows stored together
+    WORDS: gl.constexpr = words_layout(BLOCK_N, BLOCK_W, WARPS, False)
+    HALVES: gl.constexpr = words_layout(BLOCK_N, BLOCK_W, WARPS, True)
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, SUMS, 2)
+    COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [WARPS, 1], [1, 0])
+    X_SMEM: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 8, [1, 0])  # lanes read 8 bytes each without bank conflicts
+    LOAD_X: gl.constexpr = x_layout(BLOCK_K, BLOCK_M, WARPS)
+    pid = gl.program_id(0)
+    pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, 8)
+    turns = W // (BLOCK_W * DEPTH)
+    first = 0
+    last = turns * DEPTH
+    if SPLITS:
+        first = turns * gl.program_id(1) // split * DEPTH
+        last = turns * (gl.program_id(1) + 1) // split * DEPTH
+
+    # Two sets of buffers, each an allocation of its own, so that the compiler sees that a copy into one does not meet a read
+    # of the other, and one barrier a turn is left.
+    x_smem = ()
+    for _ in gl.static_range(2 * DEPTH):
+        x_smem += (gl.allocate_shared_memory(dtype, [BLOCK_M, BLOCK_K], X_SMEM),)
+    x_ptr += (pid_m * BLOCK_M).to(gl.int64) * stride_x
+    copy_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))[:, None]
+    x_offs = copy_m * stride_x + gl.arange(0, BLOCK_K, gl.SliceLayout(0, COPY_X))[None, :]
+    x_inside = copy_m < M - pid_m * BLOCK_M
+
+    # Past the end features repeat the last one, words those of the last 16 rows stored; they are never stored. The offsets are
+    # wide, so that the compiler sees constants between them: one address a lane then serves a turn.
+    packed_ptr += (pid_n * BLOCK_N).to(gl.int64) * W
+    words_n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS))
+    blocks_n = gl.minimum(words_n // 16, (N - 1) // 16 - pid_n * (BLOCK_N // 16))
+    word = gl.arange(0, BLOCK_W, gl.SliceLayout(0, WORDS))
+    w_offs = (blocks_n.to(gl.int64) * (16 * W) + words_n % 16 * 8)[:, None] + (word // 8 * 128 + word % 8)[None, :]
+    rows_n = gl.minimum(pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS)), N - 1)
+    zero_n = gl.minimum(pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, HALVES)), N - 1)
+
+    words = ()
+    for i in gl.static_range(DEPTH):
+        words += (gl.load(packed_ptr + first * STEP + w_offs + i * STEP),)
+    _copy_x(x_smem, x_ptr + first * BLOCK_K, x_offs, x_inside, 0, DEPTH)
+    acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+    for start in range(first, last, 2 * DEPTH):
+        for turn in gl.static_range(2):
+            # Past the last turn x is zeros, and words are those of the last.
+            step = start + turn * DEPTH
+            ahead = step + DEPTH
+            async_copy.wait_group(0)  # this turn's x has arrived; a barrier follows: for all, and all left the turn before
+            inside = x_inside & (ahead < last)
+            _copy_x(x_smem, x_ptr + ahead * BLOCK_K, x_offs, inside, (turn + 1) % 2 * DEPTH, DEPTH)
+            w_ptrs = packed_ptr + gl.minimum(ahead, last - DEPTH) * STEP + w_offs
+            later = ()
+            for i in gl.static_range(DEPTH):
+                g = group_at(step + i, G, GROUP, BLOCK_K, 0)
+                s = gl.load(scales_ptr + rows_n * G + g)
+                b = 0
+                if HAS_ZEROS:
+                    b = biased_zero_pair(gl.load(zeros_ptr + zero_n * G + g), dtype)
+                x = gl.convert_layout(_columns_in_halves(x_smem[turn * DEPTH + i].permute((1, 0)).load(LOAD_X)), RIGHT)
+                w = gl.convert_layout(integer_tile(_in_halves(words[i]), b, dtype, HAS_ZEROS, True), LEFT)
+                sums = mma_v2(w, x, gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS))
+                later += (gl.load(w_ptrs + i * STEP),)
+                acc += sums * s.to(gl.float32)[:, None]
+            words = later
+
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
+    done = True
+    if SPLITS:
+        PART: gl.constexpr = BLOCK_N * BLOCK_M
+        local = n[:, None] * BLOCK_M + m[None, :]
+        mine = parts_ptr + pid.to(gl.int64) * (split * PART) + local
+        gl.store(mine + gl.program_id(1) * PART, acc)
+        tl.debug_barrier()  # every thread's part is written before the one that counts it
+        arrived = gl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
+        done = arrived == split - 1
+        if done:
+            gl.store(counters_ptr + pid, 0)  # ready for the next launch
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
+            for i in gl.static_range(_PARTS):
+                acc += gl.load(mine + i * PART, mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
+    if done:
+        if HAS_BIAS:
+            acc += gl.load(bias_ptr + rows_n).to(gl.float32)[:, None]
+        n += pid_n * BLOCK_N
+        m += pid_m * BLOCK_M
+        inside = (n < N)[:, None] & (m < M)[None, :]
+        gl.store(out_ptr + m.to(gl.int64)[None, :] * stride_out + n[:, None], acc.to(dtype), mask=inside)
