@@ -72,7 +72,7 @@ def shapes() -> list[Shape]:
     found = [s for model in LINEARS for s in of(model, *KINDS[0], 1)]
     found += [s for kind in KINDS[1:] for s in of(small, *kind, 1)]
     found += [s for model in LINEARS for s in of(model, *KINDS[0], 2)]
-    found += [s for kind in KINDS[1:] for model in large for s in of(model, *kind, 1)]
+    found += [s for kind in (KINDS[2], KINDS[1], KINDS[3]) for model in large for s in of(model, *kind, 1)]
     return found + [s for kind in KINDS[1:] for model in LINEARS for s in of(model, *kind, 2)]
 
 

@@ -1,5 +1,5 @@
-"""The int4 products of others, for `gpu_paths.py`: ATen's, GemLite's, and vLLM's Marlin, Machete and humming, each where its
-library is installed.
+"""The int4 products of others, for `gpu_paths.py`: ATen's, GemLite's, QuACK's, and vLLM's Marlin, Machete and humming, each
+where its library is installed.
 
 Each function takes an `Int4Weight` on the GPU (plain column order, no act-order) and returns x -> y, or raises what it meets;
 `available` catches that and says which peer is missing, and why.
@@ -20,7 +20,7 @@ from torch import Tensor
 from twinweight.weight import Int4Weight, pack_nibbles
 
 Linear = Callable[[Tensor], Tensor]
-BF16_ONLY = ("tinygemm",)
+BF16_ONLY = ("tinygemm", "quack")
 
 
 def tinygemm(w: Int4Weight, dtype: torch.dtype) -> Linear:
@@ -118,6 +118,19 @@ def gemlite(w: Int4Weight, dtype: torch.dtype) -> Linear:
     return lambda x: layer(x)
 
 
+def quack(w: Int4Weight, dtype: torch.dtype) -> Linear:
+    """QuACK's `gemm_w4a16` (Hopper), bf16 only; it compiles a kernel a tile at its first use."""
+    if dtype != torch.bfloat16:
+        raise TypeError("bf16 only")
+    from quack.gemm_w4 import gemm_w4a16, prepare_w4_weight
+
+    values = w.values().to(torch.uint8)
+    packed = (values[:, ::2] | values[:, 1::2] << 4).contiguous()
+    kind = "int4" if w.zeros is None else "int4awq"
+    blob, scales = prepare_w4_weight(packed, w.scales if w.zeros is None else (w.scales, w.zeros), kind)
+    return lambda x: gemm_w4a16(x, blob, scales, n_out=w.shape[0], wformat=kind)
+
+
 @functools.cache
 def _gemlite() -> Any:
     """The library, made ready once: it has no tiles under the H200's name, so take the H100's."""
@@ -154,6 +167,7 @@ PEERS: dict[str, Callable[[Int4Weight, torch.dtype], Linear]] = {
     "machete": machete,
     "humming": humming,
     "gemlite": gemlite,
+    "quack": quack,
 }
 
 
