@@ -188,8 +188,8 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
     return {
         "matrix": len(re.findall(r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-        "loose": _loose(ptx),
-        "racing": _racing(ptx),
+        "loose": _copies_after(r"wgmma\.wait_group", ptx),  # products of other warps may still read what is overwritten
+        "racing": _copies_after(r"\bld\.shared|\bldmatrix", ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
         "loop_spills": sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in _product_loop(sass)[0]),
         "unsettled": unsettled(sass),
@@ -201,28 +201,15 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
     }
 
 
-def _loose(ptx: str) -> int:
-    """Copies into shared memory after a wait for products and before a barrier: of other warps, which may not be done."""
-    found, waited = 0, False
-    for line in ptx.splitlines():
-        if "wgmma.wait_group" in line:
-            waited = True
-        elif re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", line):
-            waited = False
-        elif waited and re.search(r"cp\.async\.c[ag]", line):
-            found += 1
-    return found
-
-
-def _racing(ptx: str) -> int:
-    """Copies into shared memory after a read of it and before a barrier: other warps may not have read what they overwrite."""
-    found, read = 0, False
+def _copies_after(event: str, ptx: str) -> int:
+    """Copies into shared memory after an event and before a barrier: other warps may not be as far."""
+    found, happened = 0, False
     for line in ptx.splitlines():
         if re.search(r"\b(?:bar|barrier)(?:\.cta)?\.sync", line):
-            read = False
-        elif re.search(r"\bld\.shared|\bldmatrix", line):
-            read = True
-        elif read and re.search(r"cp\.async\.c[ag]", line):
+            happened = False
+        elif re.search(event, line):
+            happened = True
+        elif happened and re.search(r"cp\.async\.c[ag]", line):
             found += 1
     return found
 
