@@ -4,6 +4,7 @@
 # `make test-vllm`, 2 cores (CORES), and an idle machine. tcmalloc is preloaded where it is installed (apt install
 # libtcmalloc-minimal4), off and on, as vLLM's installation guide for CPUs asks.
 set -eu
+case ${1:-} in -*) sed -n 2,5p "$0" && exit 2 ;; esac
 cd "$(dirname "$0")/.."
 MODEL=build/llama-3.1-8b-2l
 OUT=${1:-benchmarks/results/cpu}
