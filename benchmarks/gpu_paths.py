@@ -58,7 +58,7 @@ LINEARS = {
     "llama-3.3-70b": [(57344, 8192), (8192, 28672), (10240, 8192), (8192, 8192)],
 }
 ROW_PARALLEL = {(4096, 14336), (4096, 4096), (5120, 25600), (5120, 8192), (8192, 28672), (8192, 8192)}
-KINDS = ((torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, False), (torch.float16, True))
+KINDS = ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False), (torch.float16, True))
 
 
 def shapes() -> list[Shape]:
@@ -72,7 +72,7 @@ def shapes() -> list[Shape]:
     found = [s for model in LINEARS for s in of(model, *KINDS[0], 1)]
     found += [s for kind in KINDS[1:] for s in of(small, *kind, 1)]
     found += [s for model in LINEARS for s in of(model, *KINDS[0], 2)]
-    found += [s for kind in (KINDS[2], KINDS[1], KINDS[3]) for model in large for s in of(model, *kind, 1)]
+    found += [s for kind in KINDS[1:] for model in large for s in of(model, *kind, 1)]
     return found + [s for kind in KINDS[1:] for model in LINEARS for s in of(model, *kind, 2)]
 
 

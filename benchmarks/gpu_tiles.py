@@ -3,8 +3,8 @@
     python benchmarks/gpu_tiles.py OUT.json [--workers 12] [--budget SECONDS] [--models llama-3.1-8b] [--rows 16 64 512]
 
 Compiles the candidates in parallel, checks each against float64, times them interleaved by graph replay, and writes
-{"environment", "records": [{"n", "k", "m", "symmetric", "tiles", "time_us"}]}, the 40 fastest of each
-shape and M. Prints three.
+{"environment", "records": [{"n", "k", "m", "symmetric", "tiles", "time_us"}]}, the 40 fastest of each shape and
+M. Prints three of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import gpu_paths
 import torch
 import triton
-from gpu_paths import LINEARS
+from gpu_paths import LINEARS, Shape
 from gpu_timing import capture, copies_of, interleaved
 
 from twinweight.kernels import device, gpu, tiles
@@ -35,18 +36,10 @@ ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
 AMPERE = {
-    8: [
-        (32, 2, 0, 2),
-        (64, 2, 128, 2),
-        (64, 4, 64, 2),
-        (64, 4, 80, 2),
-        (64, 4, 96, 4),
-        (64, 4, 0, 4),
-        (128, 4, 128, 2),
-        (128, 8, 80, 2),
-    ],
+    8: [(32, 2, 0, 2), (64, 2, 128, 2), (64, 4, 64, 2), (64, 4, 80, 2), (64, 4, 96, 4), (64, 4, 0, 4), (128, 4, 128, 2),
+        (128, 8, 80, 2)],
     16: [(32, 2, 0, 2), (32, 2, 96, 2), (64, 4, 80, 2), (64, 4, 96, 2), (64, 4, 128, 4), (128, 4, 128, 2), (128, 4, 168, 2)],
-}
+}  # fmt: skip
 """(features, warps, registers, depth) of tiles of `ampere.py`."""
 
 
@@ -64,7 +57,8 @@ def candidates(m: int, n: int, k: int) -> list[Tiles]:
         return [t for found in by_size.values() for t in found[:6]]
     splits = [1, 2, 3, 4, 6, 8]
     if m <= 16:
-        block_m, sizes = 8 if m <= 8 else 16, itertools.product(AMPERE[8 if m <= 8 else 16], splits)
+        block_m = 8 if m <= 8 else 16
+        sizes = itertools.product(AMPERE[block_m], splits)
         some = [AmpereTiles(block_m, features, 16, depth, s, warps, regs) for (features, warps, regs, depth), s in sizes]
         some = [t for t in some if k % (128 * t.depth) == 0 and k >= 256 * t.depth * t.split_k]
         return [t for t in some if t.split_k == 1 or -(-n // t.block_n) * t.split_k <= 1400]
@@ -80,12 +74,8 @@ def expand_candidates() -> list[ExpandTiles]:
 
 
 def random_weight(n: int, k: int, seed: int = 0, zeros: bool = False) -> Int4Weight:
-    """A random weight on the GPU, with or without zero points."""
-    g = torch.Generator("cuda").manual_seed(seed)
-    words = torch.randint(-(2**31), 2**31 - 1, (n, k // 8), generator=g, device="cuda", dtype=torch.int32)
-    scales = (torch.rand(n, k // 128, generator=g, device="cuda") * 0.01 + 0.001).bfloat16()
-    points = torch.randint(4, 12, (n, k // 128), generator=g, device="cuda", dtype=torch.uint8) if zeros else None
-    return Int4Weight(words, scales, points, None, 128, k)
+    """A random bf16 weight on the GPU, with or without zero points."""
+    return gpu_paths.random_weight(Shape("", n, k, torch.bfloat16, not zeros), seed)
 
 
 def _compiled_as(t: Tiles) -> Tiles:
