@@ -7,8 +7,8 @@ graphs that rotate over copies of the weight (a round reads three times the L2),
 quantization of activations included. Each product is compared with one in fp32 first; what is wrong is named, left out, and
 makes the exit status 1. Adds what is missing to the file: {"environment", "records": [{"model", "n", "k", "m", "dtype",
 "group_size", "symmetric", "path", "time_us"}]}. Paths of ours: int4, fused, twin, stream, expand (M = 0), fp8-exact, fp8-row,
-and chosen, which is what the measured route takes where there is an exact twin; peers: cublas, and those of `gpu_peers.py`
-that are installed.
+and chosen, which is what the measured route takes where there is an exact twin; peers: cublas, those of `gpu_peers.py` that are
+installed, and copy (M = 0), which moves as many bytes as expand.
 """
 
 from __future__ import annotations
@@ -153,8 +153,14 @@ def measure(
     if (*base.values(), 0) not in done:
         weights = [gpu.prepare(random_weight(s, seed)) for seed in range(copies_of(s.n * s.k // 2))]
         out = torch.empty(s.n, s.k, dtype=s.dtype, device="cuda")
-        us = time_calls({"expand": [lambda w=w: gpu.expand(w, out) for w in weights]}, 4)["expand"]
-        records.append({**base, "m": 0, "path": "expand", "time_us": round(us, 3)})
+        moved = weights[0].nbytes + out.nbytes
+        sources = [torch.randint(0, 255, (moved // 8,), dtype=torch.int32, device="cuda") for _ in range(copies_of(moved // 2))]
+        target = torch.empty_like(sources[0])
+        calls = {
+            "expand": [lambda w=w: gpu.expand(w, out) for w in weights],
+            "copy": [lambda x=x: torch.bitwise_not(x, out=target) for x in sources],
+        }
+        records += [{**base, "m": 0, "path": path, "time_us": round(us, 3)} for path, us in time_calls(calls, 4).items()]
     for m in todo:
         if over():
             break

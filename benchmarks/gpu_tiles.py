@@ -55,7 +55,7 @@ def candidates(m: int, n: int, k: int) -> list[Tiles]:
             if us < 1.35 * modelled[0][0]:
                 by_size.setdefault(size, []).append(replace(size, split_k=parts, whole=whole))
         return [t for found in by_size.values() for t in found[:6]]
-    splits = [1, 2, 3, 4, 6, 8]
+    splits = range(1, 9)
     if m <= 16:
         block_m = 8 if m <= 8 else 16
         sizes = itertools.product(AMPERE[block_m], splits)

@@ -83,8 +83,8 @@ def test_hopper_tiles_need_gluon() -> None:
 @pytest.mark.parametrize(
     ("symmetric", "rows", "mean", "worst"),
     [
-        (True, (1, 16), 1.008, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.013, 1.12),
-        (False, (1, 16), 1.011, 1.065), (False, (32, 32), 1.01, 1.12), (False, (48, 512), 1.013, 1.12),
+        (True, (1, 16), 1.005, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.008, 1.12),
+        (False, (1, 16), 1.012, 1.065), (False, (32, 32), 1.01, 1.12), (False, (48, 512), 1.01, 1.12),
     ],
 )  # fmt: skip
 def test_as_near_to_the_best_as_is_said(symmetric: bool, rows: tuple[int, int], mean: float, worst: float) -> None:
@@ -96,7 +96,7 @@ def test_as_near_to_the_best_as_is_said(symmetric: bool, rows: tuple[int, int], 
     losses = []
     for (n, k, m), found in times.items():
         chosen = (decode_tiles if m <= 32 else fused_tiles)(m, n, k, 128, H200, not symmetric)
-        losses.append(found[tuple(vars(chosen).values())] / min(found.values()))
-    assert len(losses) >= 12
+        losses += [found[tiles] / min(found.values())] if (tiles := tuple(vars(chosen).values())) in found else []
+    assert len(losses) >= max(12, len(times) - 3)
     assert math.exp(math.fsum(map(math.log, losses)) / len(losses)) <= mean
     assert max(losses) <= worst

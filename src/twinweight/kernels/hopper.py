@@ -40,9 +40,18 @@ def words_layout(rows, warps):
 
 
 @gluon.jit
-def _copy(smem, ptr, offs, inside):
-    """Begin to copy a tile into a buffer; what is not inside becomes zeros."""
-    async_copy.async_copy_global_to_shared(smem, ptr + offs, mask=inside)
+def _copy(smem, ptrs, there):
+    """Begin to copy a tile into a buffer; zeros where it is not there."""
+    async_copy.async_copy_global_to_shared(smem, ptrs, mask=there)
+
+
+@gluon.jit
+def _rows(first, rows, left, TILE_M: gl.constexpr):
+    """Rows of x to read, counted from a tile's first: past the `left` that there are those of the tile before, or the first
+    ones again. (If all read the last, one bank of the L2 cache would serve them: twice the time where a tile is half full.)
+    """
+    other = gl.where(first > 0, rows - TILE_M, gl.minimum(rows - left, left - 1))
+    return gl.where(rows < left, rows, other)
 
 
 @gluon.jit
@@ -154,19 +163,21 @@ def hopper_dot_kernel(
         x_smem += (gl.allocate_shared_memory(dtype, [BLOCK_M, 64], X_SMEM),)
         w_smem += (gl.allocate_shared_memory(gl.int32, [BLOCK_N, 8], W_SMEM),)
 
-    # Output features past the end repeat the last one and are never stored; rows of x past the end are zeros.
-    x_ptr += (pid_m * TILE_M).to(gl.int64) * stride_x
-    copy_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X))[:, None]
-    x_offs = copy_m * stride_x + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
-    left_m = M - pid_m * TILE_M
-    packed_ptr += (pid_n * BLOCK_N).to(gl.int64) * W
+    # Rows of x past the end are others, features the last one, and neither are stored: so no copy needs a mask of its own.
+    # Its addresses go on by constants: of the integer instructions of a step, which are scarce, two thirds were for them.
+    first_m = pid_m * TILE_M
+    x_ptr += first_m.to(gl.int64) * stride_x + first * 64
+    copy_m = _rows(first_m, gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X)), M - first_m, TILE_M)
+    columns = gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
+    x_ptrs = x_ptr + (copy_m[:, None] * stride_x + columns)
+    packed_ptr += (pid_n * BLOCK_N).to(gl.int64) * W + first * 128
     copy_n = gl.minimum(gl.arange(0, BLOCK_N, gl.SliceLayout(1, COPY_W)), N - 1 - pid_n * BLOCK_N)
-    w_offs = row_offset(copy_n, W)[:, None] + word_offset(gl.arange(0, 8, gl.SliceLayout(0, COPY_W)))[None, :]
+    w_ptrs = packed_ptr + (row_offset(copy_n, W)[:, None] + word_offset(gl.arange(0, 8, gl.SliceLayout(0, COPY_W)))[None, :])
     rows_n = gl.minimum(pid_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS)), N - 1)
     if MORE_M:
         MORE_SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_M, 16])
-        more_m = BLOCK_M + gl.arange(0, MORE_M, gl.SliceLayout(1, COPY_X))[:, None]
-        more_offs = more_m * stride_x + gl.arange(0, 64, gl.SliceLayout(0, COPY_X))[None, :]
+        more_m = _rows(first_m, BLOCK_M + gl.arange(0, MORE_M, gl.SliceLayout(1, COPY_X)), M - first_m, TILE_M)
+        y_ptrs = x_ptr + (more_m[:, None] * stride_x + columns)
         y_smem = ()
         for _ in gl.static_range(_STAGES):
             y_smem += (gl.allocate_shared_memory(dtype, [MORE_M, 64], X_SMEM),)
@@ -174,10 +185,10 @@ def hopper_dot_kernel(
 
     for i in gl.static_range(_STAGES - 2):
         there = first + i < last
-        _copy(w_smem[i], packed_ptr + (first + i) * 128, w_offs, there)
-        _copy(x_smem[i], x_ptr + (first + i) * 64, x_offs, (copy_m < left_m) & there)
+        _copy(w_smem[i], w_ptrs + i * 128, there)
+        _copy(x_smem[i], x_ptrs + i * 64, there)
         if MORE_M:
-            _copy(y_smem[i], x_ptr + (first + i) * 64, more_offs, (more_m < left_m) & there)
+            _copy(y_smem[i], y_ptrs + i * 64, there)
         async_copy.commit_group()
     s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(first, G, GROUP, 64, 0), rows_n, G, HAS_ZEROS)
     s1, z1 = s0, z0
@@ -193,12 +204,11 @@ def hopper_dot_kernel(
             # Past the last step x is zeros.
             step = start + i
             async_copy.wait_group(_STAGES - 3)  # this step has arrived; a barrier follows: for all, and all left step - 2
-            ahead = step + _STAGES - 2
-            there = ahead < last
-            _copy(w_smem[(i + _STAGES - 2) % _STAGES], packed_ptr + ahead * 128, w_offs, there)
-            _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * 64, x_offs, (copy_m < left_m) & there)
+            there = step + (_STAGES - 2) < last
+            _copy(w_smem[(i + _STAGES - 2) % _STAGES], w_ptrs + (i + _STAGES - 2) * 128, there)
+            _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptrs + (i + _STAGES - 2) * 64, there)
             if MORE_M:
-                _copy(y_smem[(i + _STAGES - 2) % _STAGES], x_ptr + ahead * 64, more_offs, (more_m < left_m) & there)
+                _copy(y_smem[(i + _STAGES - 2) % _STAGES], y_ptrs + (i + _STAGES - 2) * 64, there)
             async_copy.commit_group()
             a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
             a1, b1 = a0, b0
@@ -216,6 +226,10 @@ def hopper_dot_kernel(
                 acc, more = warpgroup_mma_wait(2, [acc, more])
             else:
                 acc = warpgroup_mma_wait(1, [acc])
+        w_ptrs += _STAGES * 128
+        x_ptrs += _STAGES * 64
+        if MORE_M:
+            y_ptrs += _STAGES * 64
     if MORE_M:
         acc, more = warpgroup_mma_wait(0, [acc, more])
     else:
@@ -223,7 +237,6 @@ def hopper_dot_kernel(
     # ptxas 12.8 moves what uses the sums to before that wait. So they are first added to what comes from memory behind a
     # barrier, which does not move: the bias, or zeros.
     first_n = pid_n * BLOCK_N
-    first_m = pid_m * TILE_M
     bias = _bias(bias_ptr, first_n, N, BLOCK_N, gl.SliceLayout(1, COPY_W), HAS_BIAS)
     if SPLITS:
         bias = gl.where(divided, 0.0, bias)

@@ -126,9 +126,12 @@ def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
     """Tiles of `ampere.py` for up to 16 rows, K a multiple of 64: as few registers as do, and K split while all programs run at
     once.
 
+    Turns go in pairs: of the splits with equally many pairs a part the smallest adds the fewest parts. Up to 8 rows 64
+    registers let 8 programs share a multiprocessor; where 6 hold all, with 80 each they took 1 to 3 % less.
+
     H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 8 and 16, 26 November 2026
-    (`benchmarks/results/h200-tiles.json`): 0.7 % slower in the mean than the best of up to 48, 3 % at most; with zero points
-    1.0 and 6 %.
+    (`benchmarks/results/h200-tiles.json`): 0.3 % slower in the mean than the best of up to 48, 3 % at most; with zero points
+    1.1 and 6 %.
     """
     words = 16 if k % 128 == 0 and (group_size == k or group_size % 128 == 0) else 8
     steps, sms = k // (8 * words), traits.multiprocessors
@@ -138,7 +141,10 @@ def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
     else:
         block_m, block_n, registers = (16, 64, 96) if zeros or n * k < 1.5e6 * sms else (16, 128, 128)
     tiles, turns, at_once = -(-n // block_n), steps // depth, 512 // registers * sms
-    split = max((s for s in (2, 4, 8) if tiles * s <= at_once and turns >= 2 * s), default=1)
+    most = max((s for s in (2, 4, 8) if tiles * s <= at_once and turns >= 2 * s), default=1)
+    split = min(range(1, most + 1), key=lambda s: (-(-turns // (2 * s)), s))
+    if m <= 8 and tiles * split <= 512 // 80 * sms:
+        registers = 80
     return AmpereTiles(block_m, block_n, words, depth, split, num_warps=4, registers=registers)
 
 
@@ -194,35 +200,36 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, z
 
 
 _HOPPER_SIZES: tuple[tuple[HopperTiles, tuple[float, ...], float], ...] = (
-    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.27, 0.34, 0.46, 0.56), 1.06),
-    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.36, 0.57), 1.08),
-    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.26, 0.35, 0.47, 0.59), 1.06),
-    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.35, 0.56), 1.08),
-    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.32, 0.44, 0.62), 1.10),
-    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.42, 0.75), 1.16),
-    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.34, 0.50, 0.72), 1.14),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.467,), 1.25),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.48, 0.87), 1.55),
-    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.44, 0.70), 1.06),
-    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.68,), 1.07),
-    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.71,), 1.06),
+    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.278, 0.331, 0.421, 0.509), 1.08),
+    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.361, 0.545), 1.10),
+    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.286, 0.337, 0.440, 0.546), 1.09),
+    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.345, 0.525), 1.11),
+    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.307, 0.416, 0.582), 1.16),
+    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.437, 0.733), 1.15),
+    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.316, 0.453, 0.672), 1.17),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.454,), 1.10),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.457, 0.814), 1.26),
+    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.406, 0.628), 1.13),
+    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.646,), 1.08),
+    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.703,), 1.06),
 )
 """Sizes of tiles for `hopper.py`, microseconds of a step of 64 columns where 1, 2, ... programs share a multiprocessor, which
 holds as many as there are values, and how many times as long a step takes with zero points.
 
-Fitted to 2300 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
-(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves. The last
-are medians of 2000 times with zero points.
+Fitted to 1800 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
+(`benchmarks/results/h200-tiles.json`), root of the mean square 6 %. They count with each other, not for themselves. The last
+are medians of 1000 times with zero points.
 """
 
-_FILL = 4  # steps that it takes a program to begin and to end
-_SPLIT_US, _PART_US = 1.8, 2.6e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
+_FILL = 5  # steps that it takes a program to begin and to end
+_LONG = 5e-6  # how much longer steps of 64 features take for each column of K beyond 8192
+_SPLIT_US, _PART_US = 2.0, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
 
 
 def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperTiles:
     """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64: the best by the rounds of programs that they make.
 
-    Of what was measured 1.2 % slower in the mean than the best of up to 40, 12 % at most, with and without zero points.
+    Of what was measured 0.7 % slower in the mean than the best of up to 40, 11 % at most; with zero points 0.9 and 10 %.
     """
     _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
     return replace(size, split_k=parts, whole=whole)
@@ -239,7 +246,8 @@ def hopper_candidates(
     for size, alone_us, slower in _HOPPER_SIZES:
         if size.rows < 128 and m > 3 * size.rows:
             continue
-        step_us = tuple(us * slower for us in alone_us) if zeros else alone_us
+        slower = (slower if zeros else 1.0) * (1 + _LONG * max(0, k - 8192) if size.block_n == 64 else 1.0)
+        step_us = tuple(us * slower for us in alone_us)
         tiles, at_once = -(-m // size.rows) * -(-n // size.block_n), len(step_us) * sms
         yield _rounds_us(tiles, steps, step_us, sms), size, 1, 0
         full = tiles - tiles % at_once
