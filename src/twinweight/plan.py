@@ -21,6 +21,12 @@ Calls are timed alone; in a server clocks and caches differ, and the KV cache ca
 alone, by however little, made half of qwen3-32b's prefills 0.3 to 0.9 % slower than Machete did; those of llama-3.3-70b took a
 quarter of the KV cache to save 0.05 % of a step; and those of a quarter of qwen3-32b's layers, 2 % each, saved 0.2 % of it.
 """
+CACHE_PRICE = 0.25
+"""What a twin must save in mode `soft`, as a share of the linear layers' time, per share of the KV cache that it takes.
+
+A quarter: twins that take half of the cache must save an eighth. On an H200 half of qwen3-32b's cache had gone for 2.06 % of a
+step, and one of its prompts came 1.1 % later; a fifth of llama-3.3-70b's for 4.2 %, of which 1 % was left in the server.
+"""
 PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 """The environment variable this project started from: 1 means mode `soft`."""
 
@@ -193,24 +199,36 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     """Choose the twins that save the most time under a workload, within a budget.
 
     weights: name -> kind, in module order; crossovers: what each kind could have and would save (`measured.Costs`). None is
-    chosen where all together would save less than `MARGIN` of the calls that they serve.
+    chosen where all together would save less than `MARGIN` of the calls that they serve, and `soft` chooses none that saves
+    less than `CACHE_PRICE` asks for its bytes.
     See `choose` for modes and errors.
     """
-    if mode == "off" or not _worth_it(weights, crossovers, workload):
+    if mode == "off":
         return Plan(mode, budget, {}, {})
-    options = {kind: crossovers[kind].options(workload) for kind in dict.fromkeys(weights.values())}
+    price = 0.0
+    if (times := _served(weights, crossovers, workload)) is not None:
+        without, saved = times
+        if saved < MARGIN * without:
+            return Plan(mode, budget, {}, {})
+        price = CACHE_PRICE * without / max(1, budget.kv_bytes(0)) if mode == "soft" else 0.0
+    options = {
+        kind: tuple(o for o in crossovers[kind].options(workload) if o.saved_us >= price * o.nbytes)
+        for kind in dict.fromkeys(weights.values())
+    }
     return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode)
 
 
-def _worth_it(weights: Mapping[str, Kind], crossovers: Mapping[Kind, Offer], workload: Workload) -> bool:
-    """Whether all that pays would save `MARGIN` of all linear layers' time in the calls that it serves; True without times."""
+def _served(weights: Mapping[str, Kind], crossovers: Mapping[Kind, Offer], workload: Workload) -> tuple[float, float] | None:
+    """Microseconds of all linear layers in those of the workload's calls in which something pays, and the most that is saved of
+    them; None without times.
+    """
     counts = Counter(weights.values())
     gains = {kind: crossovers[kind].gains(workload) for kind in counts}
     if not all(gains.values()):
-        return True
+        return None
     served = [m for m, _ in workload.calls if any(found[m][1] > 0 for found in gains.values())]
     without, saved = (math.fsum(counts[k] * gains[k][m][i] for k in counts for m in served) for i in (0, 1))
-    return saved >= MARGIN * without
+    return without, saved
 
 
 def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> Plan:
