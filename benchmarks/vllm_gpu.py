@@ -4,8 +4,8 @@
 
 Weightless (`load_format="dummy"`) models of true size; the integer weights are filled with random bits, since zeros run
 faster. Adds its records to OUT.json: {"environment", "records": [{"model", "mode", "inner_kernel", "tp", "prompt_tokens",
-"concurrency", "ttft_ms", "tpot_ms", "kv_tokens", "startup_s", ...}]}, after every point, as `twinweight bench --engine vllm`
-does, whose code this is. Each (model, mode) is a process of its own, under 10 minutes.
+"concurrency", "ttft_ms", "tpot_ms", "itl_ms", "kv_tokens", "startup_s", ...}]}, after every point, as
+`twinweight bench --engine vllm` does, whose code this is. Each (model, mode) is a process of its own, under 10 minutes.
 """
 
 import argparse
@@ -47,23 +47,23 @@ def write_config(preset: str, out: Path, *, dense: bool, layers: int | None) -> 
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("out", type=Path)
-    p.add_argument("--model", default="llama-3.1-8b")
-    p.add_argument("--layers", type=int)
-    p.add_argument("--mode", choices=("off", "on", "bf16"), required=True)
-    p.add_argument("--twin-dtype", default="dense", help="dense, fp8, fp8-exact or fp8-row; write each to a file of its own")
-    p.add_argument("--linear-backend", default="auto")
-    p.add_argument("--tp", type=int, default=1)
-    p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--max-model-len", type=int, default=16384)
-    p.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
-    p.add_argument("--prompts", type=int, nargs="+", help="only these prompt lengths of that part")
-    p.add_argument("--most", type=int, default=128, help="no concurrency above this")
-    a = p.parse_args()
+    cli = argparse.ArgumentParser(description=__doc__)
+    cli.add_argument("out", type=Path)
+    cli.add_argument("--model", default="llama-3.1-8b")
+    cli.add_argument("--layers", type=int)
+    cli.add_argument("--mode", choices=("off", "on", "bf16"), required=True)
+    cli.add_argument("--twin-dtype", default="dense", help="dense, fp8, fp8-exact or fp8-row; write each to a file of its own")
+    cli.add_argument("--linear-backend", default="auto")
+    cli.add_argument("--tp", type=int, default=1)
+    cli.add_argument("--repeats", type=int, default=3)
+    cli.add_argument("--max-model-len", type=int, default=16384)
+    cli.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
+    cli.add_argument("--prompts", type=int, nargs="+", help="only these prompt lengths of that part")
+    cli.add_argument("--concurrency", type=int, nargs="+", help="only these numbers of requests at once")
+    a = cli.parse_args()
     set_environment()
-    points = tuple((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs if c <= a.most)
-    points = tuple(point for point in points if not a.prompts or point[0] in a.prompts)
+    grid = ((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs)
+    points = tuple((p, c) for p, c in grid if p in (a.prompts or [p]) and c in (a.concurrency or [c]))
     work = arm.Workload(points, OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 

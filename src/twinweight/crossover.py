@@ -38,7 +38,7 @@ _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 16, 160, 640, 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
-_PATIENCE = {"cpu": 0.1, "gpu": 0.02}  # seconds a path for more than the least of them
+_PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
 
 
 def grid(device: torch.device) -> tuple[int, ...]:

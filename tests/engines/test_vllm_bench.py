@@ -20,7 +20,7 @@ from twinweight.errors import ConfigError, TwinweightError
 
 def arm(ttft: list[float], tpot: list[float], *, on: bool = False) -> dict[str, Any]:
     twins = {"twins": {"a": {}, "b": {}}, "inner": {"a": "Marlin", "b": "Marlin"}, "bytes": 1 << 30, "routes": {"8x8": "twin"}}
-    points = [{"prompt_tokens": 512, "concurrency": 8, "ttft_s": ttft, "tpot_s": tpot}]
+    points = [{"prompt_tokens": 512, "concurrency": 8, "ttft_s": ttft, "tpot_s": tpot, "itl_s": tpot[::-1]}]
     return {
         "startup_s": 20.0 + 5 * on, "kv_tokens": 1000 - 100 * on, "inner_kernel": "Marlin", "twinweight": twins if on else None,
         "vllm": "0.32.0", "points": points,
@@ -40,6 +40,7 @@ def test_medians_are_over_all_rounds() -> None:
     off, on = found["records"]
     assert (off["mode"], off["tp"], off["ttft_ms"], off["ttft_ms_range"]) == ("off", 2, 200.0, [100.0, 300.0])
     assert (on["mode"], on["ttft_ms"], on["tpot_ms"], on["kv_tokens"], on["startup_s"]) == ("on", 100.0, 10.0, 900, 25.0)
+    assert (off["itl_ms"], off["itl_ms_range"], off["twins"], on["twins"]) == (10.0, [10.0, 20.0], 0, 2)
     assert found["ratios"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 2.0, "tpot": 1.0}]
     assert found["noise"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 1.6667, "tpot": 1.5}]
     assert found["arms"]["on"] == {

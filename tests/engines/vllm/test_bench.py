@@ -34,6 +34,8 @@ def test_off_and_on_are_measured_through_vllm() -> None:
         assert record["inner_kernel"] == "CPUWNA16LinearKernel"
         assert 0 < record["ttft_ms_range"][0] <= record["ttft_ms"] <= record["ttft_ms_range"][1]
         assert 0 < record["tpot_ms_range"][0] <= record["tpot_ms"] <= record["tpot_ms_range"][1]
+        assert 0 < record["itl_ms_range"][0] <= record["itl_ms"] <= record["itl_ms_range"][1]
+        assert record["itl_ms"] == record["tpot_ms"] or record["concurrency"] > 1
         assert record["kv_tokens"] > 0
         assert record["startup_s"] > 0
     assert found["arms"]["off"]["twins"] == 0

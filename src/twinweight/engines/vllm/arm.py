@@ -25,6 +25,9 @@ PLUGIN = {"group": "vllm.general_plugins", "name": "twinweight"}
 _WARM = 8  # requests of a warm-up: their chunks are as large as those of more
 _MOST = 9  # repeats of a short point
 
+TIMES = ("ttft_s", "tpot_s", "itl_s")
+"""What is measured of a batch of requests."""
+
 STEP = "twinweight-step "
 """What a line of progress starts with."""
 
@@ -56,8 +59,8 @@ def run(
     """Start the server and measure every point.
 
     Returns {"startup_s", "kv_tokens", "inner_kernel", "twinweight" (the plugin's report, or None), "points": [{"prompt_tokens",
-    "concurrency", "ttft_s", "tpot_s"}]}; the times are lists: for each repeat, the mean over its requests. `done` is given
-    what there is after every point. Raises TwinweightError where twins are asked for and the plugin is not installed.
+    "concurrency", "ttft_s", "tpot_s", "itl_s"}]}; the times are lists, one for each repeat (`_requests`). `done` is given what
+    there is after every point. Raises TwinweightError where twins are asked for and the plugin is not installed.
     """
     if resolve(job.llm.get("additional_config", {}), os.environ).mode != "off" and not entry_points(**PLUGIN):
         raise TwinweightError(
@@ -87,22 +90,24 @@ def run(
         if first not in warm:
             _requests(llm, *first, vocabulary, 2, seed=0)
             warm.add(first)
-        samples: list[tuple[float, float]] = []
+        samples: list[tuple[float, ...]] = []
         began = time.monotonic()
         while len(samples) < job.work.repeats or (len(samples) < _MOST and time.monotonic() - began < job.work.seconds):
             samples.append(_requests(llm, prompt, batch, vocabulary, job.work.output_tokens, seed=1 + len(samples)))
-        times = {name: [s[i] for s in samples] for i, name in enumerate(("ttft_s", "tpot_s"))}
+        times = {name: [s[i] for s in samples] for i, name in enumerate(TIMES)}
         result["points"].append({"prompt_tokens": prompt, "concurrency": batch, **times})
         if done is not None:
             done(result)
     return result
 
 
-def _requests(llm: Any, prompt: int, batch: int, vocabulary: int, output_tokens: int, seed: int) -> tuple[float, float]:
-    """Means over the requests of one batch, in seconds: to the first token, and for each that follows.
+def _requests(llm: Any, prompt: int, batch: int, vocabulary: int, output_tokens: int, seed: int) -> tuple[float, float, float]:
+    """`TIMES` of one batch of requests, in seconds: means over them to the first token, and for each that follows; and the
+    latter of the request whose first token came last, behind which there is no prompt left to be prefilled.
 
     Not medians: where half of a batch fits into the chunks before the last, one request more or less moves a median by a
-    chunk (TTFT -25 %, TPOT twice as long, for the same total).
+    chunk (TTFT -25 %, TPOT twice as long, for the same total). Means move as well, where first tokens come sooner and the next
+    ones wait for the prompts behind them; the third says what decode alone takes.
     """
     import torch
     from vllm import SamplingParams
@@ -112,7 +117,8 @@ def _requests(llm: Any, prompt: int, batch: int, vocabulary: int, output_tokens:
     params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
     found = [out.metrics for out in llm.generate([{"prompt_token_ids": p} for p in ids], params, use_tqdm=False)]
     tpot = [(m.last_token_ts - m.first_token_ts) / (output_tokens - 1) for m in found]
-    return statistics.fmean(m.first_token_latency for m in found), statistics.fmean(tpot)
+    last = max(range(batch), key=lambda i: found[i].first_token_ts)
+    return statistics.fmean(m.first_token_latency for m in found), statistics.fmean(tpot), tpot[last]
 
 
 def inner_kernel(model: Any) -> str:

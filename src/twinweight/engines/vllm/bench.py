@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from twinweight.engines.vllm.arm import STEP, Job, as_json
+from twinweight.engines.vllm.arm import STEP, TIMES, Job, as_json
 from twinweight.engines.vllm.arm import Workload as Workload
 from twinweight.engines.vllm.config import KEY
 from twinweight.errors import ConfigError, TwinweightError
@@ -44,8 +44,9 @@ def bench(
     dtype: of the twins, as in `config.Config`.
     engine_args: arguments of vllm.LLM for both arms. `max_model_len` is what the workload needs unless it is among them.
     Returns {"environment", "workload", "records": [{"model", "mode", "inner_kernel", "tp", "prompt_tokens", "concurrency",
-    "ttft_ms", "tpot_ms", "kv_tokens", "startup_s", ...}], "arms", "ratios", "noise"}. Ratios by point: above 1 is a gain for
-    `ttft` (off / on) and a loss for `tpot` (on / off); `noise` is off against itself, its even repeats over its odd ones.
+    "ttft_ms", "tpot_ms", "itl_ms", "kv_tokens", "startup_s", ...}], "arms", "ratios", "noise"}. Ratios by point: above 1 is a
+    gain for `ttft` (off / on) and a loss for `tpot` (on / off); `noise` is off against itself, its even repeats over its odd
+    ones.
     Raises ConfigError where vLLM is missing, TwinweightError where a server fails.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -142,7 +143,7 @@ def _samples(found: list[dict[str, Any]]) -> Samples:
     out: Samples = {}
     for run in found:
         for p in run["points"]:
-            of_point = out.setdefault((p["prompt_tokens"], p["concurrency"]), {"ttft_s": [], "tpot_s": []})
+            of_point = out.setdefault((p["prompt_tokens"], p["concurrency"]), {name: [] for name in TIMES})
             for name, values in of_point.items():
                 values.extend(p[name])
     return out
@@ -152,11 +153,12 @@ def records_of(model: str, mode: str, tp: int, found: list[dict[str, Any]]) -> l
     """One record a point, from what `arm.run` returned in each round; beside each median, the least and the most."""
     arm, records = _arm(found), []
     for point, times in _samples(found).items():
-        ttft, tpot = (Timing.of(times[name]).scaled(1e3, 4) for name in ("ttft_s", "tpot_s"))
+        ttft, tpot, itl = (Timing.of(times[name]).scaled(1e3, 4) for name in TIMES)
         records.append({
             "model": model, "mode": mode, "inner_kernel": found[0]["inner_kernel"], "tp": tp, **_point(point),
             "ttft_ms": ttft["median"], "tpot_ms": tpot["median"], "kv_tokens": arm["kv_tokens"], "startup_s": arm["startup_s"],
             "ttft_ms_range": [ttft["min"], ttft["max"]], "tpot_ms_range": [tpot["min"], tpot["max"]],
+            "itl_ms": itl["median"], "itl_ms_range": [itl["min"], itl["max"]], "twins": arm["twins"],
         })  # fmt: skip
     return records
 
