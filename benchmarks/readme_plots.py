@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from twinweight.plots import bench, canvas, tune
@@ -20,6 +21,7 @@ _OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfl
 _PEERS = ("marlin", "machete", "humming")
 _MODEL = "llama-3.1-8b"
 _KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
+_POINTS = [(prompt, at_once) for prompt in (512, 2048, 8192) for at_once in (1, 32)]
 
 
 def paths(directory: Path) -> Path:
@@ -40,21 +42,27 @@ def path_panel(records: Sequence[dict[str, Any]], n: int, k: int, what: str, gpu
 
 
 def vllm(directory: Path) -> Path:
-    """TTFT and TPOT through vLLM, off and on, at the points that were measured over either int4 kernel."""
+    """TTFT and TPOT through vLLM, off and on, over either int4 kernel."""
     found = _read("h200-vllm.json")["records"]
     records = [r for r in found if r["model"] == _MODEL and r["mode"] in ("off", "on") and r["tp"] == 1]
-    shared = set.intersection(*({_point(r) for r in records if r["inner_kernel"] == kernel} for kernel in _KERNELS))
     panels: list[canvas.Panel] = []
     for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
         for kernel, label in _KERNELS.items():
-            chosen = [r for r in records if r["inner_kernel"] == kernel and _point(r) in shared]
-            groups = bench.groups_of(chosen, key)
+            groups = bench.groups_of(_of_all_servers([r for r in records if r["inner_kernel"] == kernel], key), key)
             panels.append(canvas.Panel(f"{name}, int4 by {label}", "", partial(bench.draw, groups), bench.height(groups)))
     return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on one H200, twins off and on")
 
 
-def _point(record: dict[str, Any]) -> tuple[int, int]:
-    return record["prompt_tokens"], record["concurrency"]
+def _of_all_servers(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """A record for each of `_POINTS` and modes: the mean over the servers that measured it, the least and the most."""
+    times: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for r in records:
+        times[r["mode"], r["prompt_tokens"], r["concurrency"]].append(r[key])
+    return [
+        {"mode": mode, "prompt_tokens": prompt, "concurrency": at_once, key: fmean(ms), f"{key}_range": (min(ms), max(ms))}
+        for (mode, prompt, at_once), ms in times.items()
+        if (prompt, at_once) in _POINTS
+    ]
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def test_kv_tokens_agree_with_servers_that_ran(model: str, tp: int, every_weight
     if every_weight_got_a_twin:
         assert modes["soft"]["kv_tokens"] == pytest.approx(ran["on"], rel=0.02)
     else:
-        # Beside Machete some shapes of a large model measured no gain: the server kept that memory for KV.
-        assert modes["soft"]["kv_tokens"] < ran["on"] < modes["off"]["kv_tokens"]
+        # Beside Machete twins of a large model gain too little for the KV cache that they would take: the server had none.
+        assert ran["on"] == pytest.approx(ran["off"], rel=0.001)
 
 
 def tiny(**options: Any) -> dict[str, Any]:
