@@ -4,9 +4,9 @@ Run as a script without TRITON_INTERPRET: `python tests/kernels/compile_targets.
 compiled with the tiles that are chosen for the target: group 128 and round shapes with two of the four pairs of dtype and
 symmetry, one of the ragged shapes with one; --full compiles all shapes with all four. One JSON object a line: target,
 kernel, shape, dtype, symmetric, matrix (instructions), registers, spills (registers on AMD, bytes of stack on NVIDIA), load16
-(16-byte loads), shared (bytes), seconds. On AMD also of the loop that holds the products (of the whole kernel where there is
-none): loop_vector (VALU instructions), loop_matrix, and per_weight, loop_vector over the weights a lane would hold if none were
-held twice.
+(16-byte loads), shared (bytes), seconds; with Hopper's products loop_addresses (integer instructions of their loop that unpack
+nothing). On AMD also of the loop that holds the products (of the whole kernel where there is none): loop_vector (VALU
+instructions), loop_matrix, and per_weight, loop_vector over the weights a lane would hold if none were held twice.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ SHAPES = {"g128": (4096, 128), "g32-ragged": (4128, 32), "channel-ragged": (4099
 """K and group size. Ragged: K does not fill the tiles, no stride is a multiple of 16, K is split, columns are permuted."""
 ALIGNED = {"N", "K", "W", "G", "rows", "first_row", "stride_x", "stride_out"}
 """Integer arguments that a launch with round shapes specialises as multiples of 16."""
+
+ADDRESSES = r"(?:@!?U?P\w+ )?(?:IADD3|IMAD|LEA|ISETP|SEL|VIADD|VIMNMX)\b"
+"""Integer instructions of NVIDIA's that unpack nothing."""
 
 Constants = dict[str, Any]
 
@@ -192,6 +195,7 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
         "racing": _copies_after(r"\bld\.shared|\bldmatrix", ptx),
         "running": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]", ptx)),
         "loop_spills": sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in _product_loop(sass)[0]),
+        "loop_addresses": sum(bool(re.match(ADDRESSES, line)) for line in _product_loop(sass)[0]),
         "unsettled": unsettled(sass),
         "serialized": serialized(ptx, sass),
         "load16": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx)),
