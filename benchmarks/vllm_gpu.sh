@@ -2,7 +2,7 @@
 # The tables of docs/vllm.md, a set at a time on one GPU (tp2: two), or one server of a set a call: adds its records to $1.
 #     benchmarks/vllm_gpu.sh OUT.json 8b|8b-long|32b|32b-long|70b|70b-long|marlin|humming|moe|fp8|tp2 [off|on]
 #     benchmarks/vllm_gpu.sh OUT.json 8b-bf16|32b-bf16|life
-# -long: prompts of 8192 tokens, of which the largest models get fewer at once: 128 take llama-3.3-70b four minutes.
+# -long: prompts of 8192 tokens, of which the largest models get fewer at once: 64 take llama-3.3-70b two minutes, 128 four.
 # Wants vLLM and an installed twinweight. No network, no weights: load_format="dummy" models of true size.
 set -eu
 cd "$(dirname "$0")/.."
@@ -18,9 +18,9 @@ case $2 in
 8b) both llama-3.1-8b whole --prompts 512 2048 ;;
 8b-long) both llama-3.1-8b whole --prompts 8192 ;;
 32b) both qwen3-32b whole --repeats 1 --prompts 512 2048 ;;
-32b-long) both qwen3-32b whole --repeats 1 --prompts 8192 --most 64 ;;
+32b-long) both qwen3-32b whole --repeats 1 --prompts 8192 --concurrency 1 8 32 64 ;;
 70b) both llama-3.3-70b whole --repeats 1 --prompts 512 2048 ;;
-70b-long) both llama-3.3-70b whole --repeats 1 --prompts 8192 --most 32 ;;
+70b-long) both llama-3.3-70b whole --repeats 1 --prompts 8192 --concurrency 1 8 32 ;;
 marlin | humming) both llama-3.1-8b least --linear-backend "$2" ;;
 moe) both qwen3-30b-a3b least ;;
 fp8) both llama-3.1-8b least --twin-dtype fp8 ;;

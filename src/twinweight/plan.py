@@ -21,11 +21,12 @@ Calls are timed alone; in a server clocks and caches differ, and the KV cache ca
 alone, by however little, made half of qwen3-32b's prefills 0.3 to 0.9 % slower than Machete did; those of llama-3.3-70b took a
 quarter of the KV cache to save 0.05 % of a step; and those of a quarter of qwen3-32b's layers, 2 % each, saved 0.2 % of it.
 """
-CACHE_PRICE = 0.25
+CACHE_PRICE = 0.2
 """What a twin must save in mode `soft`, as a share of the linear layers' time, per share of the KV cache that it takes.
 
-A quarter: twins that take half of the cache must save an eighth. On an H200 half of qwen3-32b's cache had gone for 2.06 % of a
-step, and one of its prompts came 1.1 % later; a fifth of llama-3.3-70b's for 4.2 %, of which 1 % was left in the server.
+A fifth: twins that take half of the cache must save a tenth. On an H200 half of qwen3-32b's cache had gone for 2.06 % of a
+step, and one of its prompts came 1.1 % later. Where all twins are larger than the cache it is a share of those: what saves half
+of the time is worth little memory, too.
 """
 PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 """The environment variable this project started from: 1 means mode `soft`."""
@@ -205,24 +206,23 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     """
     if mode == "off":
         return Plan(mode, budget, {}, {})
-    price = 0.0
-    if (times := _served(weights, crossovers, workload)) is not None:
+    counts = Counter(weights.values())
+    options = {kind: crossovers[kind].options(workload) for kind in counts}
+    if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = times
         if saved < MARGIN * without:
             return Plan(mode, budget, {}, {})
-        price = CACHE_PRICE * without / max(1, budget.kv_bytes(0)) if mode == "soft" else 0.0
-    options = {
-        kind: tuple(o for o in crossovers[kind].options(workload) if o.saved_us >= price * o.nbytes)
-        for kind in dict.fromkeys(weights.values())
-    }
+        if mode == "soft":
+            wanted = sum(n * max((o.nbytes for o in options[kind] if o.saved_us > 0), default=0) for kind, n in counts.items())
+            price = CACHE_PRICE * without / max(1, wanted, budget.kv_bytes(0))
+            options = {kind: tuple(o for o in found if o.saved_us >= price * o.nbytes) for kind, found in options.items()}
     return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode)
 
 
-def _served(weights: Mapping[str, Kind], crossovers: Mapping[Kind, Offer], workload: Workload) -> tuple[float, float] | None:
+def _served(counts: Mapping[Kind, int], crossovers: Mapping[Kind, Offer], workload: Workload) -> tuple[float, float] | None:
     """Microseconds of all linear layers in those of the workload's calls in which something pays, and the most that is saved of
-    them; None without times.
+    them; None without times. counts: weights of each kind.
     """
-    counts = Counter(weights.values())
     gains = {kind: crossovers[kind].gains(workload) for kind in counts}
     if not all(gains.values()):
         return None
