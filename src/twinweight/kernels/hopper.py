@@ -164,7 +164,7 @@ def hopper_dot_kernel(
         w_smem += (gl.allocate_shared_memory(gl.int32, [BLOCK_N, 8], W_SMEM),)
 
     # Rows of x past the end are others, features the last one, and neither are stored: so no copy needs a mask of its own.
-    # Its addresses go on by constants: of the integer instructions of a step, which are scarce, two thirds were for them.
+    # Its addresses go on by constants: of the integer instructions of a step, which are scarce, most were for them.
     first_m = pid_m * TILE_M
     x_ptr += first_m.to(gl.int64) * stride_x + first * 64
     copy_m = _rows(first_m, gl.arange(0, BLOCK_M, gl.SliceLayout(1, COPY_X)), M - first_m, TILE_M)
