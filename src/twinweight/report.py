@@ -105,26 +105,31 @@ def vllm_bench_table(result: dict[str, Any]) -> Report:
     """The table of `bench --engine vllm`: a row a point of the workload, off and on, with the gain."""
     work, off, on = result["workload"], result["arms"]["off"], result["arms"]["on"]
     records = {(r["mode"], r["prompt_tokens"], r["concurrency"]): r for r in result["records"]}
+    # With one request at a time all of its tokens but the first are behind the last prompt.
+    itl = any("itl" in r and r["concurrency"] > 1 for r in result["ratios"])
     rows: list[Row] = []
     for ratio in result["ratios"]:
         point = ratio["prompt_tokens"], ratio["concurrency"]
         arms = [records[arm, *point] for arm in ("off", "on")]
         ttft, tpot = ([f"{r[key]:,.{digits}f}" for r in arms] for key, digits in (("ttft_ms", 1), ("tpot_ms", 2)))
         gains = (f"{ratio['ttft']:.2f}x", f"{1 / ratio['tpot']:.2f}x")
-        rows.append((f"{point[0]:,}", str(point[1]), *ttft, gains[0], *tpot, gains[1]))
+        last = (f"{1 / ratio['itl']:.2f}x",) if itl else ()
+        rows.append((f"{point[0]:,}", str(point[1]), *ttft, gains[0], *tpot, gains[1], *last))
     title = f"{result['records'][0]['model']}: {work['output_tokens']} tokens out, vLLM {result['environment']['vllm']}"
-    columns = ("prompt", "at once", "TTFT off", "on (ms)", "gain", "TPOT off", "on (ms)", "gain")
+    columns = ("prompt", "at once", "TTFT off", "on (ms)", "gain", "TPOT off", "on (ms)", "gain", "ITL gain")
     lines = []
     if result["noise"]:
         drift = {key: max(abs(n[key] - 1) for n in result["noise"]) * 100 for key in ("ttft", "tpot")}
         lines.append(f"noise, off against itself: TTFT up to {drift['ttft']:.1f} %, TPOT up to {drift['tpot']:.1f} %")
+    if itl:
+        lines.append("ITL: as TPOT, of the request whose first token came last, behind all prompts")
     lines += [
         f"KV cache: {off['kv_tokens']:,} tokens off, {on['kv_tokens']:,} on",
         f"start-up: {off['startup_s']} s off, {on['startup_s']} s on",
     ]
     twins = f"{on['twins']} of {on['weights']} weights have a twin, {on['twin_gib']:.3f} GiB a rank"
     return Report((
-        Table(title, columns, tuple(rows)),
+        Table(title, columns if itl else columns[:-1], tuple(rows)),
         "\n".join(lines),
         _routes(f"{twins}; paths by rows (M), per shape:", on["routes"]),
     ))  # fmt: skip

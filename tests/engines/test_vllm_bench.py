@@ -41,12 +41,24 @@ def test_medians_are_over_all_rounds() -> None:
     assert (off["mode"], off["tp"], off["ttft_ms"], off["ttft_ms_range"]) == ("off", 2, 200.0, [100.0, 300.0])
     assert (on["mode"], on["ttft_ms"], on["tpot_ms"], on["kv_tokens"], on["startup_s"]) == ("on", 100.0, 10.0, 900, 25.0)
     assert (off["itl_ms"], off["itl_ms_range"], off["twins"], on["twins"]) == (10.0, [10.0, 20.0], 0, 2)
-    assert found["ratios"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 2.0, "tpot": 1.0}]
-    assert found["noise"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 1.6667, "tpot": 1.5}]
+    assert found["ratios"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 2.0, "tpot": 1.0, "itl": 1.0}]
+    assert found["noise"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 1.6667, "tpot": 1.5, "itl": 0.6667}]
     assert found["arms"]["on"] == {
         "kv_tokens": 900, "startup_s": 25.0, "startups_s": [25.0, 25.0], "twins": 2, "weights": 2, "twin_gib": 1.0, "routes":
         {"8x8": "twin"},
     }  # fmt: skip
+
+
+def test_one_request_at_a_time_needs_no_itl() -> None:
+    alone = summary()
+    alone["records"] = [r | {"concurrency": 1} for r in alone["records"]]
+    alone["ratios"] = [r | {"concurrency": 1} for r in alone["ratios"]]
+    old = summary()  # what was measured before there was one
+    old["ratios"] = [{k: v for k, v in r.items() if k != "itl"} for r in old["ratios"]]
+    for result in (alone, old):
+        console = Console(width=80, record=True, color_system=None)
+        console.print(report.vllm_bench_table(result))
+        assert "ITL" not in console.export_text()
 
 
 def test_the_table_fits_80_columns() -> None:
@@ -54,6 +66,7 @@ def test_the_table_fits_80_columns() -> None:
     console.print(report.vllm_bench_table(summary()))
     text = console.export_text()
     assert "2.00x" in text
+    assert "ITL gain" in text
     assert "1,000 tokens off, 900 on" in text
     assert "2 of 2 weights have a twin" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -45,8 +45,8 @@ def bench(
     engine_args: arguments of vllm.LLM for both arms. `max_model_len` is what the workload needs unless it is among them.
     Returns {"environment", "workload", "records": [{"model", "mode", "inner_kernel", "tp", "prompt_tokens", "concurrency",
     "ttft_ms", "tpot_ms", "itl_ms", "kv_tokens", "startup_s", ...}], "arms", "ratios", "noise"}. Ratios by point: above 1 is a
-    gain for `ttft` (off / on) and a loss for `tpot` (on / off); `noise` is off against itself, its even repeats over its odd
-    ones.
+    gain for `ttft` (off / on) and a loss for `tpot` and `itl` (on / off); `noise` is off against itself, its even repeats over
+    its odd ones.
     Raises ConfigError where vLLM is missing, TwinweightError where a server fails.
     """
     if importlib.util.find_spec("vllm") is None:
@@ -184,4 +184,5 @@ def _ratios(off: dict[str, list[float]], on: dict[str, list[float]]) -> dict[str
     def over(a: list[float], b: list[float]) -> float:
         return round(Timing.of(a).median / Timing.of(b).median, 4)
 
-    return {"ttft": over(off["ttft_s"], on["ttft_s"]), "tpot": over(on["tpot_s"], off["tpot_s"])}
+    later = {name: over(on[f"{name}_s"], off[f"{name}_s"]) for name in ("tpot", "itl")}
+    return {"ttft": over(off["ttft_s"], on["ttft_s"]), **later}
