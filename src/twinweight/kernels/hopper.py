@@ -48,7 +48,7 @@ def _copy(smem, ptrs, there):
 @gluon.jit
 def _rows(first, rows, left, TILE_M: gl.constexpr):
     """Rows of x to read, counted from a tile's first: past the `left` that there are those of the tile before, or the first
-    ones again. (If all read the last, one bank of the L2 cache would serve them: twice the time where a tile is half full.)
+    ones again. (Where all read the last, the same lines of memory, a tile that was half full took up to twice the time.)
     """
     other = gl.where(first > 0, rows - TILE_M, gl.minimum(rows - left, left - 1))
     return gl.where(rows < left, rows, other)
