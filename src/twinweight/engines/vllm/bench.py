@@ -153,13 +153,15 @@ def records_of(model: str, mode: str, tp: int, found: list[dict[str, Any]]) -> l
     """One record a point, from what `arm.run` returned in each round; beside each median, the least and the most."""
     arm, records = _arm(found), []
     for point, times in _samples(found).items():
-        ttft, tpot, itl = (Timing.of(times[name]).scaled(1e3, 4) for name in TIMES)
-        records.append({
+        record: dict[str, Any] = {
             "model": model, "mode": mode, "inner_kernel": found[0]["inner_kernel"], "tp": tp, **_point(point),
-            "ttft_ms": ttft["median"], "tpot_ms": tpot["median"], "kv_tokens": arm["kv_tokens"], "startup_s": arm["startup_s"],
-            "ttft_ms_range": [ttft["min"], ttft["max"]], "tpot_ms_range": [tpot["min"], tpot["max"]],
-            "itl_ms": itl["median"], "itl_ms_range": [itl["min"], itl["max"]], "twins": arm["twins"],
-        })  # fmt: skip
+            "kv_tokens": arm["kv_tokens"], "startup_s": arm["startup_s"], "twins": arm["twins"],
+        }  # fmt: skip
+        for name in TIMES:
+            ms = Timing.of(times[name]).scaled(1e3, 4)
+            key = name.removesuffix("_s") + "_ms"
+            record |= {key: ms["median"], f"{key}_range": [ms["min"], ms["max"]]}
+        records.append(record)
     return records
 
 
