@@ -2,13 +2,16 @@
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import assert_close, random_weight
-from twinweight import paths
+from twinweight import ops, paths
 from twinweight.kernels import int8
 from twinweight.kernels.reference import linear as reference
 from twinweight.linear import Int4Linear
@@ -125,6 +128,48 @@ def test_the_op_passes_torchs_own_checks(kind: str) -> None:
     torch.library.opcheck(
         torch.ops.twinweight.linear.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )
+
+
+class Watched(TorchDispatchMode):
+    """Names of the ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
+    linear, x = make(), x_of(4)
+    plain = linear(x)
+    assert ops.only_computes(x)
+    with Watched() as watched:
+        assert not ops.only_computes(x)
+        assert torch.equal(linear(x), plain)
+    assert "twinweight.linear.default" in watched.seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(linear(x), plain)
+    assert "twinweight::linear" in {event.key for event in profile.key_averages()}
+    assert torch.equal(torch.func.vmap(linear)(x.unsqueeze(1)).squeeze(1), plain)
+    traced = make_fx(linear)(x)
+    assert [str(n.target) for n in traced.graph.nodes if n.op == "call_function"] == ["twinweight.linear.default"]
+    wants_gradient = x.clone().requires_grad_()
+    assert not ops.only_computes(wants_gradient)
+    with torch.no_grad():
+        assert ops.only_computes(wants_gradient)
+
+
+def test_a_replaced_weight_is_seen() -> None:
+    linear, other, x = make(bias=False, twin=None), make(bias=False, twin=None), x_of(1)
+    other.set_weight(random_weight(96, 128, 32, seed=1))
+    wanted = other(x)
+    assert not torch.equal(linear(x), wanted)
+    swapped = {"packed": other.packed, "scales": other.scales}
+    assert torch.equal(torch.func.functional_call(linear, swapped, (x,)), wanted)
+    assert not torch.equal(linear(x), wanted)
 
 
 def test_other_activation_dtypes_are_refused() -> None:

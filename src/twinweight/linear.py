@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinweight import ops  # noqa: F401  (registers the op)
+from twinweight import ops
 from twinweight import twin as twins
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
@@ -42,6 +42,7 @@ class Int4Linear(nn.Module):
     scales: Tensor
     zeros: Tensor | None
     perm: Tensor | None
+    bias: nn.Parameter | None
     twin: Tensor | None
     twin_scales: Tensor | None
 
@@ -52,9 +53,10 @@ class Int4Linear(nn.Module):
         self.symmetric = weight.zeros is None
         kernel = backend_for(weight.packed.device).prepare(weight)
         self.group_size = kernel.group_size
+        self._kernel_weight: KernelWeight | None = None
         for name in _INT4:
             self.register_buffer(name, getattr(kernel, name), persistent=False)
-        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if bias is not None else None)
         self.register_buffer("twin", None, persistent=False)
         self.register_buffer("twin_scales", None, persistent=False)
         self.use_twin = True
@@ -62,8 +64,11 @@ class Int4Linear(nn.Module):
         self.route_with_twin = Route.always(Path.INT4)
 
     def forward(self, x: Tensor) -> Tensor:
-        twin = self.twin if self.use_twin else None
-        route = self.route_without_twin if twin is None else self.route_with_twin
+        twin = self._buffers["twin"] if self.use_twin else None
+        scales = None if twin is None else self._buffers["twin_scales"]
+        route = (self.route_without_twin if twin is None else self.route_with_twin).flat()
+        if ops.only_computes(x):
+            return ops.run(x, self.kernel_weight, self._parameters["bias"], twin, scales, route)
         return torch.ops.twinweight.linear(  # type: ignore[no-any-return]
             x,
             self.packed,
@@ -72,17 +77,24 @@ class Int4Linear(nn.Module):
             self.perm,
             self.bias,
             twin,
-            self.twin_scales if twin is not None else None,
-            route.flat(),
+            scales,
+            route,
             self.group_size,
             self.out_features,
         )
 
     @property
     def kernel_weight(self) -> KernelWeight:
-        """The int4 weight in the layout of its device."""
-        n, k = self.out_features, self.in_features
-        return KernelWeight(self.packed, self.scales, self.zeros, self.perm, self.group_size, n, k)
+        """The int4 weight in the layout of its device; made anew where a tensor was replaced."""
+        held, now = self._kernel_weight, self._buffers
+        if (
+            held is None or held.packed is not now["packed"] or held.scales is not now["scales"]
+            or held.zeros is not now["zeros"] or held.perm is not now["perm"]
+        ):  # fmt: skip
+            n, k = self.out_features, self.in_features
+            held = KernelWeight(self.packed, self.scales, self.zeros, self.perm, self.group_size, n, k)
+            self._kernel_weight = held
+        return held
 
     @property
     def int4_weight(self) -> Int4Weight:

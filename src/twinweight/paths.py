@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 
 class Path(IntEnum):
@@ -44,7 +45,11 @@ class Route:
         return next((s for s, p in zip(self.starts, self.paths, strict=True) if p == path), None)
 
     def flat(self) -> list[int]:
-        """[start, path, start, path, ...], the form in which the custom op takes it."""
+        """[start, path, start, path, ...], the form in which the custom op takes it; the same list at every call."""
+        return self._flat
+
+    @cached_property
+    def _flat(self) -> list[int]:
         return [v for pair in zip(self.starts, self.paths, strict=True) for v in (pair[0], int(pair[1]))]
 
     def __str__(self) -> str:
@@ -62,11 +67,11 @@ def pick(flat: Sequence[int], m: int) -> int:
     return path
 
 
-calls: Counter[tuple[Path, int]] = Counter()
-"""Calls of the op in this process: (path, number of rows rounded down to a power of two) -> count. Replays of a CUDA graph
-do not pass through here: they count once, at capture."""
+calls: Counter[tuple[int, int]] = Counter()
+"""Calls of the op in this process: (a `Path`, number of rows rounded down to a power of two) -> count. Replays of a CUDA
+graph do not pass through here: they count once, at capture."""
 
 
 def count(path: int, m: int) -> None:
     """Record one call; costs no synchronisation."""
-    calls[Path(path), 1 << (m.bit_length() - 1) if m else 0] += 1
+    calls[path, 1 << (m.bit_length() - 1) if m else 0] += 1

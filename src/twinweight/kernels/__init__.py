@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -55,7 +56,12 @@ class Backend(Protocol):
 
 def backend_for(device: torch.device) -> Backend:
     """The backend of a device: ATen on "cpu", Triton on everything else."""
-    if device.type == "cpu":
+    return _backend(device.type)
+
+
+@functools.cache
+def _backend(kind: str) -> Backend:
+    if kind == "cpu":
         import twinweight.kernels.cpu as cpu
 
         return cpu

@@ -321,7 +321,7 @@ class Life:
         held = sum(planned[name].nbytes for name in self.built)
         calls: dict[str, dict[str, int]] = {}
         for (path, rows), count in sorted(paths.calls.copy().items()):
-            calls.setdefault(path.name.lower(), {})[str(rows)] = count
+            calls.setdefault(Path(path).name.lower(), {})[str(rows)] = count
         tokens = 0 if self.kv_fixed or not self.floor.per_token else int(held / self.floor.per_token)
         return {"twins": len(self.built), "missed": len(planned) - len(self.built), "bytes": held, "kv_tokens": tokens,
                 "calls": calls}  # fmt: skip
@@ -338,7 +338,7 @@ class Life:
                 for name in self.built
                 if (t := self.kernels[name].twin) is not None
             }
-        calls = {f"{path.name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
+        calls = {f"{Path(path).name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
         inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
         return json.dumps({
             "twins": twins, "bytes": self.status()["bytes"], "calls": calls, "inner": inner, "routes": self.routes(),
