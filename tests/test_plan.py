@@ -143,6 +143,9 @@ def test_twins_that_together_save_too_little_are_not_built(large: float, twins: 
     for workload in (Workload.prefill(2048), Workload.of({1: 90, 2048: 10})):  # decode, which no twin serves, does not count
         found = plan(weights, budget(1000), offers, workload, "soft")
         assert len(found.twins) == twins
+        assert found.refused == (
+            "" if twins else "twins would save 2.0% of the linear layers' time in the calls they serve, less than 2%"
+        )
 
 
 @pytest.mark.parametrize(("spendable", "twins"), [(100, 0), (140, 1), (200, 2)])
@@ -152,6 +155,7 @@ def test_soft_pays_for_the_cache_that_twins_take(spendable: int, twins: int) -> 
     weights = {"a": "little", "b": "more", "c": "large"}
     found = plan(weights, budget(spendable), offers, Workload.prefill(2048), "soft")
     assert (list(found.twins), found.missed) == ({0: [], 1: ["b"], 2: ["a", "b"]}[twins], {})
+    assert ("save 2.6%" in found.refused and "for 20% of the KV cache" in found.refused) == (twins == 0)
     assert len(plan(weights, budget(spendable), offers, Workload.prefill(2048), "hard").twins) == 2
 
 

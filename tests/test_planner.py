@@ -10,6 +10,7 @@ import pytest
 
 from tests.test_measured import measured
 from twinweight import cache, gpus, plots, presets
+from twinweight.commands.plan import plan_table
 from twinweight.errors import CheckpointError, ConfigError
 from twinweight.planner import Request, plan_model
 from twinweight.sharding import shard
@@ -183,7 +184,23 @@ def test_stored_measurements_are_used_where_all_shapes_have_one(tmp_path: Path, 
     # At 8 rows int4 takes 16 us and the twin 4; both grow with the rows from there on.
     ratio = found["modes"]["hard"]["prefill_tok_s"] / found["modes"]["off"]["prefill_tok_s"]
     assert 3 < ratio <= 4.001
+    assert found["refused"] == {}
     assert plan_model("llama-3.2-1b", Request("h200", max_model_len=8192))["speed"]["source"] == "roofline"
+
+
+def test_a_plan_says_why_twins_are_not_worth_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "describe", lambda device: {"type": "cuda", "name": "NVIDIA GeForce RTX 4090", "arch": "8.9"})
+    times = measured(int4=[2e-6, 2e-6, 2e-6, 4e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 3.9e-6])
+    for kind in dict.fromkeys(shard(presets.preset("llama-3.1-8b")).weights.values()):
+        shape = {"engine": "vllm", "n": kind.n, "k": kind.k, "group_size": 128, "act_order": False, "zero_points": False}
+        cache.Cache(tmp_path).write({**shape, "inner": f"Kernel{kind.n}x{kind.k}"}, None, times)  # type: ignore[arg-type]
+    found = plan_model("llama-3.1-8b", Request("RTX 4090", max_model_len=8192))
+    assert found["modes"]["soft"]["twins"] == 0
+    assert found["modes"]["soft"]["kv_tokens"] > 0
+    assert list(found["refused"]) == ["soft"]
+    assert "of the KV cache" in str(plan_table(found).parts)
+    assert "of the KV cache" not in str(plan_table(found, "hard").parts)
 
 
 def test_a_config_of_any_origin_is_read(tmp_path: Path) -> None:

@@ -168,7 +168,8 @@ class Budget:
 class Plan:
     """What was decided. twins: weight name -> its option; missed: weights whose twin pays but does not fit.
 
-    gap: share by which another choice could at most save more; 0 is proven best.
+    gap: share by which another choice could at most save more; 0 is proven best. refused: why twins that would fit and gain
+    something are not worth it, where there is none for that reason.
     """
 
     mode: Mode
@@ -176,6 +177,7 @@ class Plan:
     twins: dict[str, TwinOption]
     missed: dict[str, TwinOption]
     gap: float = 0.0
+    refused: str = ""
 
     @property
     def twin_bytes(self) -> int:
@@ -210,12 +212,17 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     options = {kind: crossovers[kind].options(workload) for kind in counts}
     if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = times
+        share = f"twins would save {saved / without:.1%} of the linear layers' time in the calls they serve" if saved else ""
         if saved < MARGIN * without:
-            return Plan(mode, budget, {}, {})
+            return Plan(mode, budget, {}, {}, refused=share and f"{share}, less than {MARGIN:.0%}")
         if mode == "soft":
             wanted = sum(n * max((o.nbytes for o in options[kind] if o.saved_us > 0), default=0) for kind, n in counts.items())
-            price = CACHE_PRICE * without / max(1, wanted, budget.kv_bytes(0))
+            room = max(1, wanted, budget.kv_bytes(0))
+            price = CACHE_PRICE * without / room
             options = {kind: tuple(o for o in found if o.saved_us >= price * o.nbytes) for kind, found in options.items()}
+            if wanted and not any(options.values()):
+                each = f"each must save {CACHE_PRICE:g} of its share"
+                return Plan(mode, budget, {}, {}, refused=f"{share}, for {wanted / room:.0%} of the KV cache: {each}")
     return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode)
 
 

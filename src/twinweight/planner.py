@@ -57,7 +57,8 @@ def read_config(model: str) -> tuple[dict[str, Any], Path]:
 
 def plan_model(model: str, ask: Request) -> dict[str, Any]:
     """What the modes give, as a dictionary: {"budget": {line: bytes}, "modes": {mode: {"twins", "weights", "twin_bytes",
-    "kv_tokens", "fits", ...}}, "speed", "shapes", "assumptions", "verdict", ...}; bytes and tokens are those of one rank.
+    "kv_tokens", "fits", ...}}, "speed", "shapes", "assumptions", "verdicts" (what does not fit), "refused" (why no twin is
+    worth it), ...}; bytes and tokens are those of one rank.
 
     Raises ConfigError and UnsupportedError for what cannot be planned.
     """
@@ -79,7 +80,8 @@ def plan_model(model: str, ask: Request) -> dict[str, Any]:
     return {
         "model": model, "gpu": gpu.name, "tp": ask.tp, "utilization": ask.utilization, "kv_floor_tokens": floor,
         "max_num_batched_tokens": tokens, "kv_bytes_per_token": rank.kv_bytes_per_token, "budget": budget.lines(),
-        "modes": modes, "verdicts": {m: v for m, v in verdicts.items() if v}, "shapes": shapes, "workload":
+        "modes": modes, "verdicts": {m: v for m, v in verdicts.items() if v},
+        "refused": {m: p.refused for m, p in plans.items() if p.refused}, "shapes": shapes, "workload":
         [list(c) for c in workload.calls], "assumptions": list(rank.assumptions), "decode_tok_s_bound":
         round(estimate.decode_bound(rank, gpu), 1), "speed": {"source": source, "figures": dict(gpu.source)},
     }  # fmt: skip

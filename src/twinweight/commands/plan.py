@@ -93,4 +93,5 @@ def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
     verdicts = [f"{mode}: {text}" for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
     if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
         verdicts.append(f"hard: {result['verdicts']['hard']}")
-    return Report((budget, modes, *verdicts, *lines))
+    refused = [f"{mode}: {text}" for mode, text in result["refused"].items() if only in (None, mode)]
+    return Report((budget, modes, *verdicts, *refused, *lines))

@@ -255,7 +255,7 @@ class Life:
         if not without:
             return ""
         if not self.plan.twins and not self.plan.missed:
-            return f"; twins would save less than {MARGIN:.0%} of the calls they served, or too little for the KV cache"
+            return f"; no twins: {self.plan.refused or f'none saves {MARGIN:.0%} of the calls that it would serve'}"
         return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms"
 
     def routes(self) -> dict[str, str]:
