@@ -32,5 +32,5 @@ def test_bad_routes_are_refused(starts: tuple[int, ...], taken: tuple[Path, ...]
 def test_calls_are_counted_by_path_and_power_of_two() -> None:
     paths.calls.clear()
     for m in (0, 1, 5, 7, 8):
-        paths.count(Path.INT4, m)
-    assert dict(paths.calls) == {(Path.INT4, 0): 1, (Path.INT4, 1): 1, (Path.INT4, 4): 2, (Path.INT4, 8): 1}
+        assert paths.take(ROUTE.flat(), m) == ROUTE.at(m)
+    assert dict(paths.calls) == {(Path.INT4, 0): 1, (Path.INT4, 1): 1, (Path.FUSED, 4): 2, (Path.FUSED, 8): 1}

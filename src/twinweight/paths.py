@@ -72,6 +72,8 @@ calls: Counter[tuple[int, int]] = Counter()
 graph do not pass through here: they count once, at capture."""
 
 
-def count(path: int, m: int) -> None:
-    """Record one call; costs no synchronisation."""
+def take(flat: Sequence[int], m: int) -> int:
+    """The path for m rows, with the call counted; costs no synchronisation."""
+    path = pick(flat, m)
     calls[path, 1 << (m.bit_length() - 1) if m else 0] += 1
+    return path

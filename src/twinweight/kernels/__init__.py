@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 def backend_for(device: torch.device) -> Backend:
     """The backend of a device: ATen on "cpu", Triton on everything else."""
-    return _backend(device.type)
+    return _backend("cpu" if device.type == "cpu" else "gpu")
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def _backend(kind: str) -> Backend:
 
 def int4_path(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N] by a path that needs no twin. Raises ValueError for another."""
-    backend = backend_for(x.device)
+    backend = _backend("cpu" if x.is_cpu else "gpu")
     if path == Path.INT4:
         return backend.int4_linear(x, w, bias)
     if path == Path.FUSED:

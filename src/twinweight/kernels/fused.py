@@ -213,9 +213,9 @@ def launch(
     )  # fmt: skip
     found = plan(key, lambda: _plan(x, packed, scales, zeros, bias, group_size, out, tiles, choose))
     if out is None:
-        out = torch.empty(found.out_shape, dtype=x.dtype, device=x.device)
+        out = x.new_empty(found.out_shape)
     if found.launch is not None:
-        parts = torch.empty(found.parts, dtype=torch.float32, device=x.device) if found.parts else None
+        parts = x.new_empty(found.parts, dtype=torch.float32) if found.parts else None
         locks = counters(x.device) if found.parts else None
         found.launch(x, packed, scales, zeros, bias, out, parts, locks)
     return out

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,18 +40,16 @@ def weight_bytes(n: int, k: int, group_size: int, act_order: bool, symmetric: bo
 
 def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N], for few rows."""
-    from twinweight.kernels import decode
-
     x = x if w.perm is None else x.index_select(1, w.perm)
-    return decode.int4_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
+    y: Tensor = _triton().decode.int4_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
+    return y
 
 
 def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N], int4 unpacked inside the GEMM."""
-    from twinweight.kernels import fused
-
     x = x if w.perm is None else x.index_select(1, w.perm)
-    return fused.fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
+    y: Tensor = _triton().fused.fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
+    return y
 
 
 def expand(w: KernelWeight, out: Tensor) -> None:
@@ -58,9 +59,19 @@ def expand(w: KernelWeight, out: Tensor) -> None:
 
 def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     """As `expand`, for output features first to last, into out [last - first, K]."""
-    from twinweight.kernels import expand as kernel
+    _triton().expand.expand(w.packed, w.scales, w.zeros, w.perm, out, group_size=w.group_size, rows=(first, last))
 
-    kernel.expand(w.packed, w.scales, w.zeros, w.perm, out, group_size=w.group_size, rows=(first, last))
+
+@functools.cache
+def _triton() -> Any:
+    """The package of kernels with the modules that need Triton: imported at the first call, as plans are made without it, and
+    not looked up in each, which takes as long as a launch's other checks.
+    """
+    import twinweight.kernels.decode
+    import twinweight.kernels.expand
+    import twinweight.kernels.fused
+
+    return twinweight.kernels
 
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ from twinweight import twin
 from twinweight.kernels import dense_linear, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import labelled
-from twinweight.paths import Path, count, pick
+from twinweight.paths import Path, take
 
 
 class Paths(Protocol):
@@ -67,8 +67,7 @@ def linear(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
 def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
     """x: [..., K] -> [..., N] by the path that the kernel's route names for the product of x's leading sizes."""
     m = x.numel() // x.shape[-1]
-    path = pick(kernel.route, m)
-    count(path, m)
+    path = take(kernel.route, m)
     with labelled(path, m, kernel.n, x.shape[-1]):
         if path == Path.TWIN and kernel.twin is not None:
             bias = None if bias is None else kernel.twin_bias
