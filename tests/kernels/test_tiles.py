@@ -28,7 +28,7 @@ A100 = DeviceTraits("nvidia", 32, 108, 166912, rounds_bf16=True, ptx=True, gluon
 OLDER = DeviceTraits("nvidia", 32, 108, 166912, rounds_bf16=True, ptx=True)
 STRIX = DeviceTraits("amd", 32, 40, 65536, rounds_bf16=False)
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-tiles.json"
-NOT_TIMED = {(4096, 14336, 1, False), (4096, 14336, 8, False), (4096, 14336, 16, False), (8192, 28672, 48, True)}
+NOT_TIMED = {(4096, 14336, 1, False), (4096, 14336, 8, False), (4096, 14336, 16, False)}
 """N, K, M and whether it is symmetric, of those in that file for which tiles are chosen that it does not have."""
 
 
@@ -85,7 +85,7 @@ def test_hopper_tiles_need_gluon() -> None:
 @pytest.mark.parametrize(
     ("symmetric", "rows", "mean", "worst"),
     [
-        (True, (1, 16), 1.005, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.008, 1.12),
+        (True, (1, 16), 1.005, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.006, 1.06),
         (False, (1, 16), 1.012, 1.065), (False, (32, 32), 1.01, 1.12), (False, (48, 512), 1.01, 1.12),
     ],
 )  # fmt: skip

@@ -224,12 +224,13 @@ are medians of 1000 times with zero points.
 _FILL = 5  # steps that it takes a program to begin and to end
 _LONG = 5e-6  # how much longer steps of 64 features take for each column of K beyond 8192
 _SPLIT_US, _PART_US = 2.0, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
+_AGAIN_US = 8.0  # where parts run in several rounds: each further one
 
 
 def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperTiles:
     """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64: the best by the rounds of programs that they make.
 
-    Of what was measured 0.7 % slower in the mean than the best of up to 40, 11 % at most; with zero points 0.9 and 10 %.
+    Of what was measured 0.5 % slower in the mean than the best of up to 40, 5 % at most; with zero points 0.9 and 11 %.
     """
     _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
     return replace(size, split_k=parts, whole=whole)
@@ -256,7 +257,8 @@ def hopper_candidates(
             if steps >= 4 * parts and programs <= 4 * at_once:
                 rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, -(-steps // parts), step_us, sms)
                 summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
-                yield rounds + summing, size, parts, whole
+                again = _AGAIN_US * (-(-programs // at_once) - 1)
+                yield rounds + summing + again, size, parts, whole
 
 
 def _rounds_us(programs: int, steps: int, step_us: tuple[float, ...], multiprocessors: int) -> float:
