@@ -199,21 +199,25 @@ def time_rows(
     *,
     wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
     enough: int = _ENOUGH,
+    patience: float | None = None,
 ) -> dict[str, Timing]:
-    """Time all variants with m rows, interleaved; `enough` samples each, where they are not too slow."""
+    """Time all variants with m rows, interleaved; `enough` samples each, where they take no longer than `patience` (seconds a
+    path; None: a start-up's).
+    """
     x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
     if device.type == "cpu":
         # Every call has a clock of its own, so that one disturbed call does not spoil the others.
         calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
-        return interleaved(calls, device=device, enough=enough, patience=_PATIENCE["cpu"] * len(calls), hopeless=_HOPELESS)
+        longest = (patience or _PATIENCE["cpu"]) * len(calls)
+        return interleaved(calls, device=device, enough=enough, patience=longest, hopeless=_HOPELESS)
     # Calls are repeated inside one sample: a clock around a short one measures the clock, one weight alone would stay in the
     # caches, and where the host launches each, the GPU would wait for it (`stream` twice).
     inner = max(1, min(16, (8192 if wrap is None else 2048) // m))
     runs = {name: _repeat(call, x, inner) for name, call in variants.items()}
     calls = {name: run if wrap is None else wrap(run) for name, run in runs.items()}
     # What is launched from here is only as fast as the host lets it be.
-    patience = _PATIENCE["gpu"] * len(calls) if wrap is None else 0.0
-    times = interleaved(calls, device=device, enough=enough, patience=patience, hopeless=_HOPELESS)
+    longest = (patience or _PATIENCE["gpu"]) * len(calls) if wrap is None else 0.0
+    times = interleaved(calls, device=device, enough=enough, patience=longest, hopeless=_HOPELESS)
     return {name: t.times(1 / inner) for name, t in times.items()}
 
 

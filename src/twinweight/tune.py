@@ -19,7 +19,7 @@ from twinweight.twins import costs_of
 from twinweight.workload import Workload
 
 _STEPS = 4  # sizes that a check times between one power of two and the next
-_SAMPLES = 16
+_SAMPLES, _PATIENCE = 64, 0.1  # of a size and path, and seconds for them: short calls wait for the host, which varies
 _SUSPECT, _AGAIN = 1.03, 3  # a point with more regret is timed again, so often: what disturbs a call only adds time
 
 
@@ -92,7 +92,7 @@ def check_shape(shape: Shape, costs: Costs, workload: Workload) -> list[dict[str
     for m in finer(costs.measured):
         times = dict.fromkeys(names, math.inf)
         for _ in range(1 + _AGAIN):
-            now = time_rows(ways, m, shape.k, shape.dtype, shape.device, enough=_SAMPLES)
+            now = time_rows(ways, m, shape.k, shape.dtype, shape.device, enough=_SAMPLES, patience=_PATIENCE)
             times = {c: min(times[c], t.min) for c, t in now.items()}
             found = [_point(shape, form, m, costs.measured, times) for form in forms if len(form.choices) > 1]
             if all(p["regret"] <= _SUSPECT for p in found):
