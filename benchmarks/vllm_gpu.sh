@@ -2,8 +2,10 @@
 # The tables of docs/vllm.md, a set at a time on one GPU (tp2: two), or one server of a set a call: adds its records to $1.
 #     benchmarks/vllm_gpu.sh OUT.json 8b|8b-long|32b|32b-long|70b|70b-long|moe|fp8|tp2 [off|on]
 #     benchmarks/vllm_gpu.sh OUT.json 8b-marlin|8b-humming|32b-marlin|32b-humming|70b-marlin|70b-humming [off|on]
+#     benchmarks/vllm_gpu.sh OUT.json 32b-marlin-more|70b-marlin-more [off|on]
 #     benchmarks/vllm_gpu.sh OUT.json 8b-bf16|32b-bf16|life
-# -long: prompts of 8192 tokens, of which the largest models get fewer at once: 64 take llama-3.3-70b two minutes, 128 four.
+# -more: 32 and 64 requests at once. -long: prompts of 8192 tokens, of which the largest models get fewer at once: 64 take
+# llama-3.3-70b two minutes, 128 four.
 # Wants vLLM and an installed twinweight. No network, no weights: load_format="dummy" models of true size.
 set -eu
 cd "$(dirname "$0")/.."
@@ -30,11 +32,14 @@ case $2 in
 32b-marlin | 32b-humming | 70b-marlin | 70b-humming)
     both $model whole --repeats 1 --concurrency 1 8 --linear-backend "${2#*-}"
     ;;
+32b-marlin-more | 70b-marlin-more)
+    both $model whole --repeats 1 --prompts 512 2048 --concurrency 32 64 --linear-backend marlin
+    ;;
 moe) both qwen3-30b-a3b least ;;
 fp8) both llama-3.1-8b least --twin-dtype fp8 ;;
 tp2) both llama-3.1-8b least --tp 2 ;;
 8b-bf16) MODES=bf16 && both $model whole ;;
 32b-bf16) MODES=bf16 && both $model whole --repeats 1 --prompts 512 2048 ;;
 life) python3 benchmarks/vllm_gpu_life.py "$OUT" ;;
-*) sed -n 2,7p "$0" && exit 2 ;;
+*) sed -n 2,9p "$0" && exit 2 ;;
 esac
