@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import weakref
 from typing import Any
 
 import pytest
@@ -160,6 +161,15 @@ def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
     assert not ops.only_computes(wants_gradient)
     with torch.no_grad():
         assert ops.only_computes(wants_gradient)
+
+
+def test_a_weight_that_moves_away_is_freed() -> None:
+    linear = make(bias=False, twin=None)
+    linear(x_of(1))
+    before = weakref.ref(linear.packed)
+    linear.to("meta")
+    assert linear.packed.is_meta
+    assert before() is None
 
 
 def test_a_replaced_weight_is_seen() -> None:

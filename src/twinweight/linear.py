@@ -150,6 +150,7 @@ class Int4Linear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.scales.dtype, device=self.scales.device))
         if (probe.device, probe.dtype) == (self.scales.device, self.scales.dtype):
             return self
+        self._kernel_weight = None  # it would keep the old tensors
         if probe.is_meta:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
         kind = self.twin_kind
