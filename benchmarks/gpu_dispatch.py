@@ -45,11 +45,10 @@ def ways(layer: Int4Linear, path: paths.Path, x: torch.Tensor) -> dict[str, Call
     dense = torch.randn(SIZE, SIZE, device=x.device, dtype=x.dtype)
     weight, op = layer.kernel_weight, torch.ops.twinweight.linear.default
     fields = weight.packed, weight.scales, weight.zeros, weight.perm, None, twin, None, route.flat(), weight.group_size, SIZE
-    kernel: Callable[[], object] = lambda: int4_path(path, x, weight, None)  # noqa: E731
     return {
         "module": lambda: layer(x),
         "op": lambda: op(x, *fields),
-        "kernel": kernel if twin is None else lambda: dense_linear(x, twin, None),
+        "kernel": (lambda: int4_path(path, x, weight, None)) if twin is None else (lambda: dense_linear(x, twin, None)),
         "linear": lambda: torch.nn.functional.linear(x, dense),
     }
 
