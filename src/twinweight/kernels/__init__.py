@@ -94,9 +94,10 @@ def dense_linear(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
 
 def _dense(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`; on a CPU a large result goes into huge pages, unless autograd wants to know of it."""
+    if not x.is_cpu or torch.is_grad_enabled():
+        return torch.nn.functional.linear(x, twin, bias)
     rows = x.reshape(-1, x.shape[-1])
-    small = rows.shape[0] * twin.shape[0] * x.itemsize < pages.LARGE
-    if x.device.type != "cpu" or small or torch.is_grad_enabled():
+    if rows.shape[0] * twin.shape[0] * x.itemsize < pages.LARGE:
         return torch.nn.functional.linear(x, twin, bias)
     y = pages.empty(rows.shape[0], twin.shape[0], dtype=x.dtype)
     if bias is None:

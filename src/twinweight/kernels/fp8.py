@@ -102,19 +102,21 @@ def quantize_rows(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
 
     out: e4m3 [M, K], contiguous, to write into; or None. Raises ValueError for another dtype or shape.
     """
-    m, k = _check(x)
-    out = torch.empty((m, k), dtype=E4M3, device=x.device) if out is None else out
-    if out.shape != x.shape or out.dtype != E4M3 or not out.is_contiguous():
-        raise ValueError(f"out: expected contiguous {E4M3} [{m}, {k}], found {out.dtype} {list(out.shape)}, {out.stride()}")
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    # What the key says is checked when a plan is made.
     launch = plan((quantize_rows, x.shape, x.stride(), x.dtype, x.get_device()), lambda: _rows_plan(x)).launch
+    if out is None:
+        out = x.new_empty(x.shape, dtype=E4M3)
+    elif out.shape != x.shape or out.dtype != E4M3 or not out.is_contiguous():
+        wanted = f"contiguous {E4M3} {list(x.shape)}"
+        raise ValueError(f"out: expected {wanted}, found {out.dtype} {list(out.shape)}, {out.stride()}")
+    scale = x.new_empty(x.shape[:1], dtype=torch.float32)
     if launch is not None:
         launch(x, out, scale)
     return out, scale
 
 
 def _rows_plan(x: Tensor) -> Plan:
-    m, k = x.shape
+    m, k = _check(x)
     if m == 0 or k == 0:
         return Plan((m, k), None)
     block = triton.next_power_of_2(k)
@@ -129,20 +131,20 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     R is M, or the next multiple of 4, which the product wants of the scales; rows past M are zeros.
     Raises ValueError for another dtype or K.
     """
-    m, k = _check(x)
-    if k % GROUP:
-        raise ValueError(f"x: expected K a multiple of {GROUP}, found {k}")
-    rows = -(-m // _SCALE_ROWS) * _SCALE_ROWS
-    out = torch.empty((rows, k), dtype=E4M3, device=x.device)
-    scale = torch.empty((k // GROUP, rows), dtype=torch.float32, device=x.device)
     launch = plan((quantize_groups, x.shape, x.stride(), x.dtype, x.get_device()), lambda: _groups_plan(x)).launch
+    m, k = x.shape
+    rows = -(-m // _SCALE_ROWS) * _SCALE_ROWS
+    out = x.new_empty((rows, k), dtype=E4M3)
+    scale = x.new_empty((k // GROUP, rows), dtype=torch.float32)
     if launch is not None:
         launch(x, out, scale)
     return out, scale.t()
 
 
 def _groups_plan(x: Tensor) -> Plan:
-    m, k = x.shape
+    m, k = _check(x)
+    if k % GROUP:
+        raise ValueError(f"x: expected K a multiple of {GROUP}, found {k}")
     if m == 0 or k == 0:
         return Plan((m, k), None)
     block_m, block_g = 16, 2
@@ -199,7 +201,7 @@ def exact_twin(
 def row_linear(x: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x: bf16 or fp16 [M, K] -> [M, N] of x's dtype on a `row_twin`. K and N are multiples of 16. Both sides are rounded."""
     quantized, scale = quantize_rows(x)
-    out_dtype = x.dtype if _gives_fp16(x.device) else torch.bfloat16
+    out_dtype = x.dtype if x.dtype == torch.bfloat16 or _gives_fp16(x.device) else torch.bfloat16
     y = torch._scaled_mm(
         quantized, data.t(), scale_a=scale.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=out_dtype, use_fast_accum=True
     )
@@ -223,7 +225,7 @@ def _gives_fp16(device: torch.device) -> bool:
 def _finish(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if bias is not None:
         y += bias
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def _check(x: Tensor) -> tuple[int, int]:
