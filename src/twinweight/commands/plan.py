@@ -15,7 +15,8 @@ from twinweight.table import Report, Table, gib
 
 _SPEED = {
     "roofline": "prefill speed is a roofline of the GPU's figures, no measurement: real kernels stay below it. `off` stands "
-    "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower",
+    "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower, and by its times `soft` "
+    "builds fewer twins, or none, where they are not worth their share of the KV cache",
     "measured": "prefill speed follows from stored measurements of this GPU's linear layers, and a roofline for attention",
 }
 
