@@ -76,3 +76,22 @@ def test_the_scratch_is_bounded() -> None:
     assert stream.scratch_bytes(*head, torch.bfloat16, torch.device("cuda")) <= 256 << 20
     assert stream.scratch_bytes(*head, torch.bfloat16, torch.device("cpu")) <= 16 << 20
     assert stream.scratch_bytes(100, 64, torch.bfloat16, torch.device("cuda")) == 100 * 64 * 2
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("n", "k"), [(8192, 28672), (57344, 8192), (51200, 5120), (128256, 4096), (4096, 14336), (130, 1 << 20)]
+)
+def test_tiles_are_few_and_alike(n: int, k: int, device: str) -> None:
+    most = stream.SCRATCH_BYTES if device == "cuda" else stream._CPU_TILE_BYTES
+    rows = stream.tile_rows(n, k, 2, torch.device(device))
+    assert rows * k * 2 <= most or rows == 64
+    tiles = -(-n // rows)
+    assert tiles == max(1, -(-n // max(64, most // (2 * k) // 64 * 64)))
+    assert rows - (n - (tiles - 1) * rows) < 256 * tiles
+    assert tiles == 1 or rows % 64 == 0
+
+
+def test_the_last_tile_of_a_large_weight_fills_a_gpu() -> None:
+    """It was 3520 rows behind 4672."""
+    assert stream.tile_rows(8192, 28672, 2, torch.device("cuda")) == 4096

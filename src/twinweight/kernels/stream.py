@@ -22,13 +22,13 @@ _ROWS = 64  # tiles start at multiples of this: the block of the CPU's layout
 def scratch_bytes(n: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes of temporaries that one call takes, for an [n, k] weight and activations of `dtype`, besides its output."""
     itemsize = backend_for(device).stream_dtype(dtype).itemsize
-    return min(n, _tile_rows(k, itemsize, device)) * k * itemsize
+    return tile_rows(n, k, itemsize, device) * k * itemsize
 
 
 def stream_linear(backend: Backend, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N], the product on a dense twin of `stream_dtype`."""
     dtype = backend.stream_dtype(x.dtype)
-    rows = min(w.n, _tile_rows(w.k, dtype.itemsize, x.device))
+    rows = tile_rows(w.n, w.k, dtype.itemsize, x.device)
     wide = x.to(dtype)
     wide_bias = bias.to(dtype) if bias is not None else None
     scratch = backend.empty_twin(rows, w.k, dtype, x.device)
@@ -52,6 +52,15 @@ def _tile(
         torch.addmm(bias[start:stop], x, scratch.t(), out=y[:, start:stop])
 
 
-def _tile_rows(k: int, itemsize: int, device: torch.device) -> int:
+def tile_rows(n: int, k: int, itemsize: int, device: torch.device) -> int:
+    """Rows of an [n, k] weight that are expanded at once: of tiles that are alike, in multiples of 256 as tiles of GEMMs are.
+
+    A last tile that is smaller leaves part of a GPU idle: 8192 x 28672 in 4672 and 3520 rows takes five rounds of 128 x 256
+    outputs on 132 multiprocessors for 2048 rows of x, in twice 4096 it takes four.
+    """
     most = _CPU_TILE_BYTES if device.type == "cpu" else SCRATCH_BYTES
-    return max(_ROWS, most // (k * itemsize) // _ROWS * _ROWS)
+    limit = max(_ROWS, most // (k * itemsize) // _ROWS * _ROWS)
+    if n <= limit:
+        return n
+    even = -(-n // -(-n // limit))
+    return next((rows for unit in (256, _ROWS) if (rows := -(-even // unit) * unit) <= limit), limit)
