@@ -25,6 +25,9 @@ PLUGIN = {"group": "vllm.general_plugins", "name": "twinweight"}
 _WARM = 8  # requests of a warm-up: their chunks are as large as those of more
 _MOST = 9  # repeats of a short point
 
+DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
+"""The variable with which Inductor takes the same kernels each time."""
+
 TIMES = ("ttft_s", "tpot_s", "itl_s")
 """What is measured of a batch of requests."""
 
@@ -67,6 +70,8 @@ def run(
             "vLLM would not find the plugin: install twinweight (pip install .), its source alone is not enough"
         )
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no transfer between processes in the times
+    # Inductor times candidates for the kernels between linears while it compiles: servers alike would differ by a percent.
+    os.environ.setdefault(DETERMINISTIC, "1")
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `inner_kernel` travels to the workers
     import vllm
 
