@@ -10,9 +10,9 @@ import pytest
 
 from tests.test_measured import measured
 from twinweight import cache, gpus, plots, presets
-from twinweight.commands.plan import plan_table
 from twinweight.errors import CheckpointError, ConfigError
 from twinweight.planner import Request, plan_model
+from twinweight.report import plan_table
 from twinweight.sharding import shard
 from twinweight.workload import Workload
 

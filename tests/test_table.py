@@ -9,8 +9,7 @@ from rich.console import Console
 
 from tests import reports
 from twinweight import report
-from twinweight.commands.plan import plan_table
-from twinweight.commands.tune import tune_table
+from twinweight.report import plan_table, tune_table
 from twinweight.roofline.tables import render
 from twinweight.table import Report, Table
 

@@ -14,10 +14,10 @@ from tests.test_measured import measured
 from tests.test_plan_command import Command, run
 from tests.test_synth import tiny
 from twinweight import cache, crossover, plots, synth, tune
-from twinweight.commands.tune import tune_table
 from twinweight.crossover import GRID, Shape
 from twinweight.errors import ConfigError
 from twinweight.measured import Costs, Form
+from twinweight.report import tune_table
 from twinweight.timing import Timing
 from twinweight.workload import Workload
 

@@ -23,15 +23,14 @@ def bench_page(result: dict[str, Any]) -> Page:
 
 def tune_page(result: dict[str, Any]) -> Page:
     """`tune`."""
-    from twinweight.commands.tune import closing, shape_routes, shape_table
     from twinweight.plots.tune import panels
 
     shapes = result["shapes"]
-    routes = (f"{s['n']} x {s['k']}\n{shape_routes(s)}" for s in shapes)
+    routes = (f"{s['n']} x {s['k']}\n{report.tune_routes(s)}" for s in shapes)
     sections = (
         Section.of("Time against rows, by path", panels(result)),
-        Section.of("Which path from how many rows", *routes, *closing(result)),
-        Section.of("Times", *map(shape_table, shapes)),
+        Section.of("Which path from how many rows", *routes, *report.tune_closing(result)),
+        Section.of("Times", *map(report.tune_shape, shapes)),
     )
     device = result["device"]
     facts = {"device": device["name"], "threads": device.get("threads"), **result["environment"]}
@@ -40,10 +39,9 @@ def tune_page(result: dict[str, Any]) -> Page:
 
 def plan_page(result: dict[str, Any], only: str | None = None) -> Page:
     """`plan`. only: the mode that was asked for."""
-    from twinweight.commands.plan import plan_table
     from twinweight.plots.plan import panels
 
-    sections = (Section.of("Memory by mode", panels(result)), Section.of("The arithmetic", plan_table(result, only)))
+    sections = (Section.of("Memory by mode", panels(result)), Section.of("The arithmetic", report.plan_table(result, only)))
     figures = {f"{what} of the {result['gpu']}": source for what, source in result["speed"]["figures"].items()}
     facts = {**figures, **result["environment"]}
     title = f"plan: {result['model']} on {result['tp']} x {result['gpu']}"

@@ -133,3 +133,95 @@ def vllm_bench_table(result: dict[str, Any]) -> Report:
         "\n".join(lines),
         _routes(f"{twins}; paths by rows (M), per shape:", on["routes"]),
     ))  # fmt: skip
+
+
+_SPEED = {
+    "roofline": "prefill speed is a roofline of the GPU's figures, no measurement: real kernels stay below it. `off` stands "
+    "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower, and by its times `soft` "
+    "builds fewer twins, or none, where they are not worth their share of the KV cache",
+    "measured": "prefill speed follows from stored measurements of this GPU's linear layers, and a roofline for attention",
+}
+
+
+def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
+    """Two tables, a row a mode and the budget's lines; then what does not fit, and what the figures rest on."""
+    each = " on each" if result["tp"] > 1 else ""
+    budget = Table(
+        f"{result['model']} on {result['tp']} x {result['gpu']}, memory{each}",
+        ("", "GiB"),
+        tuple(
+            (f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, gib(nbytes))
+            for line, nbytes in result["budget"].items()
+            if line != "in use by others"
+        ),
+    )
+    rows = []
+    for mode, found in result["modes"].items():
+        if only in (None, mode) or mode == "off":
+            speed = f"{found['prefill_tok_s']:,}" if found["prefill_tok_s"] else ""
+            twins = f"{found['twins']} of {found['weights']}"
+            fits = "yes" if found["fits"] else "NO"
+            rows.append((mode, twins, gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, fits))
+    modes = Table("", ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"), tuple(rows))
+    lines = [
+        f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode is unchanged in every mode: at most "
+        f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
+        _SPEED[result["speed"]["source"]],
+        *result["assumptions"],
+    ]
+    verdicts = [f"{mode}: {text}" for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
+    if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
+        verdicts.append(f"hard: {result['verdicts']['hard']}")
+    refused = [f"{mode}: {text}" for mode, text in result["refused"].items() if only in (None, mode)]
+    return Report((budget, modes, *verdicts, *refused, *lines))
+
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def tune_table(result: dict[str, Any]) -> Report:
+    """A table a shape: time of every path by rows, the fastest marked; and the routes."""
+    parts = [part for shape in result["shapes"] for part in (tune_shape(shape), tune_routes(shape))]
+    return Report((*parts, *tune_closing(result)))
+
+
+def tune_shape(shape: dict[str, Any]) -> Table:
+    """A row a number of rows M, a column a path."""
+    kind = f"group {shape['group_size']}{'' if shape['symmetric'] else ' asym'}{' act-order' if shape['act_order'] else ''}"
+    weights = f"{shape['count']} weight{'s' if shape['count'] != 1 else ''}"
+    title = f"{shape['n']} x {shape['k']}, {kind}, {weights} (us, * the fastest)"
+    choices = list(shape["points"][0]["us"])
+    rows = tuple(
+        (str(p["m"]), *(("* " if c == p["winner"] else "") + _us(p["us"][c]) for c in choices)) for p in shape["points"]
+    )
+    return Table(title, ("M", *map(_named, choices)), rows)
+
+
+def tune_routes(shape: dict[str, Any]) -> str:
+    """Which path from how many rows, a line a kind of twin."""
+    routes = shape["routes"].items()
+    return "\n".join(f"  {'no twin' if name == 'none' else name}: {text}" for name, text in routes)
+
+
+def tune_closing(result: dict[str, Any]) -> list[str]:
+    """What was measured, where it is kept, and what the choices lose."""
+    where = f"kept in {result['cache']}" if result["cache"] else "not kept (TWINWEIGHT_CACHE=off)"
+    shapes = f"{len(result['shapes'])} shape{'s' if len(result['shapes']) != 1 else ''}"
+    lines = [f"{result['device']['name']}: {shapes} in {result['seconds']} s, {where}"]
+    if "regret" in result:
+        found, points = result["regret"], result["points"]
+        worst = max(points, key=lambda p: p["regret"], default=None)
+        text = f"regret over {len(points)} points: geometric mean {found['geomean']:.3f}, worst {found['worst']:.3f}"
+        if worst is not None:
+            text += f" ({worst['n']} x {worst['k']} at M={worst['m']}: {worst['chosen']}, where {worst['best']} is best)"
+        lines.append(text)
+    return lines
+
+
+def _named(choice: str) -> str:
+    path, _, kind = choice.partition(":")
+    return f"{path} {_SHORT.get(kind, kind)}".strip()
+
+
+def _us(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"

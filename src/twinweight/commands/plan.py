@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from twinweight.commands.options import Html, Json
 from twinweight.errors import BudgetError
-from twinweight.table import Report, Table, gib
-
-_SPEED = {
-    "roofline": "prefill speed is a roofline of the GPU's figures, no measurement: real kernels stay below it. `off` stands "
-    "there as if every call expanded its weights; an engine's own int4 kernel may be faster or slower, and by its times `soft` "
-    "builds fewer twins, or none, where they are not worth their share of the KV cache",
-    "measured": "prefill speed follows from stored measurements of this GPU's linear layers, and a roofline for attention",
-}
+from twinweight.report import plan_table
 
 
 def plan(
@@ -63,36 +56,3 @@ def plan(
     if chosen is not None and not result["modes"][chosen]["fits"]:
         verdict = result["verdicts"][chosen]
         raise BudgetError(f"mode {chosen} does not fit: {verdict}", missing=result["modes"][chosen]["missing_bytes"])
-
-
-def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
-    """Two tables, a row a mode and the budget's lines; then what does not fit, and what the figures rest on."""
-    each = " on each" if result["tp"] > 1 else ""
-    budget = Table(
-        f"{result['model']} on {result['tp']} x {result['gpu']}, memory{each}",
-        ("", "GiB"),
-        tuple(
-            (f"KV floor, {result['kv_floor_tokens']:,} tokens" if line == "KV floor" else line, gib(nbytes))
-            for line, nbytes in result["budget"].items()
-            if line != "in use by others"
-        ),
-    )
-    rows = []
-    for mode, found in result["modes"].items():
-        if only in (None, mode) or mode == "off":
-            speed = f"{found['prefill_tok_s']:,}" if found["prefill_tok_s"] else ""
-            twins = f"{found['twins']} of {found['weights']}"
-            fits = "yes" if found["fits"] else "NO"
-            rows.append((mode, twins, gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, fits))
-    modes = Table("", ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"), tuple(rows))
-    lines = [
-        f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode is unchanged in every mode: at most "
-        f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
-        _SPEED[result["speed"]["source"]],
-        *result["assumptions"],
-    ]
-    verdicts = [f"{mode}: {text}" for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
-    if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
-        verdicts.append(f"hard: {result['verdicts']['hard']}")
-    refused = [f"{mode}: {text}" for mode, text in result["refused"].items() if only in (None, mode)]
-    return Report((budget, modes, *verdicts, *refused, *lines))
