@@ -65,11 +65,23 @@ def test_takeovers_are_found_between_the_sizes_of_the_grid(clock: dict[str, Call
     for choices, exact in ((["int4", "twin:bfloat16"], 25), (["int4", "stream"], 125)):
         start = found.route(choices).starts[1]
         assert exact < start <= exact * 1.13  # 2 % late, and as coarse as takeovers are looked for
-    assert len(found.ms) <= len(GRID["cpu"]) + 10
+    assert len(found.ms) <= len(GRID["cpu"]) + 11
     for choices in (["int4", "stream"], ["int4", "stream", "twin:bfloat16"]):
         for m in range(1, 512):
             chosen = next(c for start, c in reversed(found.pieces(choices)) if start <= m)
             assert clock[chosen](m) <= 1.1 * min(clock[c](m) for c in choices)
+
+
+def test_stairs_are_found_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that takes 4 rows at a time loses from the first row of a step on, not from the next even number."""
+    stairs = {"int4": lambda m: -(-m // 4) * 4e-5, "twin:bfloat16": lambda m: 2.1e-4 + 1e-7 * m}
+
+    def rows(ways: object, m: int, *args: object, **more: object) -> dict[str, Timing]:
+        return {c: Timing(t(m), t(m), t(m)) for c, t in stairs.items()}
+
+    monkeypatch.setattr(crossover, "time_rows", rows)
+    found = time_variants(dict.fromkeys(stairs, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    assert found.route(["int4", "twin:bfloat16"]).starts[1] == 21  # 6 steps of 4 rows take longer than the twin, 5 do not
 
 
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:

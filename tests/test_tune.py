@@ -59,7 +59,7 @@ def test_every_shape_is_measured_and_kept(model: Path, tmp_path: Path) -> None:
     for shape in result["shapes"]:
         assert {p["m"] for p in shape["points"]} >= set(GRID["cpu"])
         assert all(p["winner"] == min(p["us"], key=p["us"].get) for p in shape["points"])
-        assert shape["takeovers"]["bfloat16"] == [26]
+        assert shape["takeovers"]["bfloat16"] == [27]  # 2 % late, at the next odd number
         assert 125 < shape["takeovers"]["none"][0] < 141  # 2 % late, and as coarse as takeovers are looked for
         assert shape["saved_us"]["bfloat16"] == max(shape["saved_us"].values()) > 0
     assert result["regret"]["geomean"] <= 1.005

@@ -231,7 +231,8 @@ def _around_takeovers(measured: Measured) -> list[int]:
             before = measured.ms[measured.ms.index(start) - 1]
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1
-                ms |= set(range(octave, min(4 * octave, _STEPPED) + 1, max(1, octave // 8)))
+                # Stairs begin behind a multiple of 4 or more: at odd numbers of rows.
+                ms |= set(range(octave + 1, min(4 * octave, _STEPPED) + 1, 2 if octave > 2 else 1))
             elif start > before * _CLOSE:
                 ms.add(round(math.sqrt(before * start)))
     return sorted(ms - set(measured.ms))
