@@ -77,8 +77,7 @@ def main() -> None:
     cli.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     a = cli.parse_args()
     set_environment()
-    os.environ |= {"TORCHINDUCTOR_DETERMINISTIC": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    os.environ |= arm.DEFAULTS
     import vllm
 
     arm.fill_integers()

@@ -63,4 +63,5 @@ def tile_rows(n: int, k: int, itemsize: int, device: torch.device) -> int:
     if n <= limit:
         return n
     even = -(-n // -(-n // limit))
-    return next((rows for unit in (256, _ROWS) if (rows := -(-even // unit) * unit) <= limit), limit)
+    rows = -(-even // 256) * 256
+    return rows if rows <= limit else -(-even // _ROWS) * _ROWS

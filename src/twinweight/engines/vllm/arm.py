@@ -28,6 +28,14 @@ _MOST = 9  # repeats of a short point
 DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
 """The variable with which Inductor takes the same kernels each time."""
 
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no transfer between processes in the times
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # `inner_kernel` travels to the workers
+    # Inductor times candidates for the kernels between linears while it compiles: servers alike would differ by a percent.
+    DETERMINISTIC: "1",
+}
+"""What a measured server finds in its environment, unless that says otherwise."""
+
 TIMES = ("ttft_s", "tpot_s", "itl_s")
 """What is measured of a batch of requests."""
 
@@ -69,10 +77,8 @@ def run(
         raise TwinweightError(
             "vLLM would not find the plugin: install twinweight (pip install .), its source alone is not enough"
         )
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no transfer between processes in the times
-    # Inductor times candidates for the kernels between linears while it compiles: servers alike would differ by a percent.
-    os.environ.setdefault(DETERMINISTIC, "1")
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `inner_kernel` travels to the workers
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     import vllm
 
     if job.random_integers:

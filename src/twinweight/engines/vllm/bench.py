@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from twinweight.engines.vllm.arm import DETERMINISTIC, STEP, TIMES, Job, as_json
+from twinweight.engines.vllm.arm import DEFAULTS, DETERMINISTIC, STEP, TIMES, Job, as_json
 from twinweight.engines.vllm.arm import Workload as Workload
 from twinweight.engines.vllm.config import KEY
 from twinweight.errors import ConfigError, TwinweightError
@@ -132,7 +132,7 @@ def environment(vllm_version: str) -> dict[str, Any]:
         round(psutil.virtual_memory().total / GIB, 1), "python": platform.python_version(), "torch": torch.__version__,
         "vllm": vllm_version, "twinweight": twinweight.__version__, "date": time.strftime("%Y-%m-%d"),
         "preloaded": [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p],
-        "inductor_deterministic": os.environ.get(DETERMINISTIC, "1") == "1",
+        "inductor_deterministic": os.environ.get(DETERMINISTIC, DEFAULTS[DETERMINISTIC]) == "1",
     }  # fmt: skip
 
 
