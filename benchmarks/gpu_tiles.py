@@ -52,9 +52,9 @@ def candidates(m: int, n: int, k: int) -> list[Tiles]:
         modelled = sorted(tiles.hopper_candidates(m, n, k, traits), key=lambda candidate: candidate[0])
         by_size: dict[HopperTiles, list[HopperTiles]] = {}
         for us, size, parts, whole in modelled:
-            if us < 1.35 * modelled[0][0]:
+            if us < 1.25 * modelled[0][0]:
                 by_size.setdefault(size, []).append(replace(size, split_k=parts, whole=whole))
-        return [t for found in by_size.values() for t in found[:6]]
+        return [t for found in by_size.values() for t in found[:4]]
     splits = range(1, 9)
     if m <= 16:
         block_m = 8 if m <= 8 else 16

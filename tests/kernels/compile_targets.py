@@ -60,7 +60,7 @@ def variants(
     made: dict[str, tuple[Any, Constants, dict[str, int]]] = {}
 
     hopper = [("fused-96", 96, N, tiles.fused_tiles), ("fused-wide", 512, WIDE, tiles.fused_tiles)]
-    hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-capped", 128, WIDE, tiles.fused_tiles)]
+    hopper += [("fused-half", 128, N, tiles.fused_tiles), ("fused-features", 128, WIDE, tiles.fused_tiles)]
     hopper += [("fused-plain", 512, N, tiles.plain_tiles)]
     gluon = [("int4-wide", 8, WIDE, tiles.decode_tiles), ("int4-plain", 1, N, tiles.plain_decode_tiles)]
     gluon += [("int4-32", 32, N, tiles.decode_tiles)]

@@ -18,7 +18,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1151", "gfx1201"
 MATRIX = {"sm_90": "wgmma", "gfx942": "mfma", "gfx1100": "wmma", "gfx1151": "wmma", "gfx1201": "wmma"}
 KERNELS = {"int4", "int4-16", "fused", "expand"}
 AMPERE = {"int4-wide", "int4-plain", "int4-32"}
-HOPPER = {"fused-96", "fused-wide", "fused-half", "fused-capped", "fused-plain"}
+HOPPER = {"fused-96", "fused-wide", "fused-half", "fused-features", "fused-plain"}
 FEW_ROWS = {"int4", "int4-16", "int4-wide"}  # of `ampere.py` on NVIDIA, where K and groups are whole steps
 
 Row = dict[str, Any]
@@ -58,8 +58,8 @@ def test_every_kernel_compiles(target: str, compiled: dict[str, list[Row]]) -> N
         assert row.get("trap", 0) == 0, row  # how Triton compiles what does not fit Blackwell's tensor memory
         # Hopper's products may leave some outside of their loop: they hold sums of up to 128 registers a lane.
         assert row["spills"] <= (160 if row["kernel"] in HOPPER | {"fused"} else 32) * target.startswith("sm"), row
-        capped = row["kernel"] == "fused-capped" and row["symmetric"]  # 128 registers; with zero points another size is taken
-        assert row.get("loop_spills", 0) <= (2 * 4 if capped else 0), row  # 4 steps a turn
+        # The sums of 128 rows by 256 features and their weights, two steps of it, take all registers; a turn has 4 steps.
+        assert row.get("loop_spills", 0) <= (2 * 4 if row["kernel"] == "fused-features" and row["symmetric"] else 0), row
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -107,7 +107,7 @@ def test_copies_have_addresses_that_go_on_by_constants(compiled: dict[str, list[
     """Integer instructions are scarce beside those that unpack. With addresses and masks of each copy there were 37 a step."""
     rows = [row for row in compiled["sm_90"] if row["running"] and row["shape"] == "g128"]
     assert len(rows) >= 10
-    most = {row["kernel"]: 25 if row["kernel"] == "fused-half" else 16 for row in rows}  # two groups a step, and one
+    most = {row["kernel"]: 25 if row["kernel"] == "fused-half" else 13 for row in rows}  # two groups a step, and one
     assert all(row["loop_addresses"] <= 4 * most[row["kernel"]] for row in rows), rows  # 4 steps a turn
 
 

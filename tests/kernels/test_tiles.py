@@ -85,8 +85,8 @@ def test_hopper_tiles_need_gluon() -> None:
 @pytest.mark.parametrize(
     ("symmetric", "rows", "mean", "worst"),
     [
-        (True, (1, 16), 1.005, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.006, 1.06),
-        (False, (1, 16), 1.012, 1.065), (False, (32, 32), 1.01, 1.12), (False, (48, 512), 1.01, 1.12),
+        (True, (1, 16), 1.005, 1.035), (True, (32, 32), 1.003, 1.02), (True, (48, 512), 1.006, 1.065),
+        (False, (1, 16), 1.012, 1.065), (False, (32, 32), 1.01, 1.12), (False, (48, 512), 1.007, 1.07),
     ],
 )  # fmt: skip
 def test_as_near_to_the_best_as_is_said(symmetric: bool, rows: tuple[int, int], mean: float, worst: float) -> None:

@@ -2,13 +2,14 @@
 
 Triton waits for a product whose left operand comes from registers before it unpacks the next (see `fused.py`). In Gluon, its
 lower level, the wait stands where it must: one step's products stay in flight while all warps unpack the next step, and end
-before the step after that writes their registers. Copies run two steps ahead, through `_STAGES` buffers.
+before the step after that writes their registers. Each quarter of a step is multiplied as soon as it is unpacked.
 
-Each buffer is an allocation of its own and the loop is unrolled over them: so the compiler sees that a copy into one does
-not meet a read of another, and one barrier a step is left.
+Copies run ahead through `_STAGES` buffers, x two steps and words three, so that words are in registers a step before they are
+unpacked. Each buffer is an allocation of its own and the loop is unrolled over them: so the compiler sees that a copy into one
+does not meet a read of another, and one barrier a step is left.
 """
 
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,operator"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,operator,misc"
 # (Triton kernels carry no types; every other function here does.)
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from .tiles import MOST_PARTS
-from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_tile, word_offset
+from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_pairs, word_offset
 
 _STAGES = gl.constexpr(4)
-"""Buffers. A copy goes into the one of two steps before, whose products have ended: so copies run _STAGES - 2 steps ahead."""
+"""Buffers. A copy of x goes into the one of two steps before, whose products have ended, _STAGES - 2 steps ahead; one of words
+into that of the step before, which has been read, _STAGES - 1 ahead.
+"""
 _PARTS = gl.constexpr(MOST_PARTS)
 
 
@@ -141,7 +144,8 @@ def hopper_dot_kernel(
     X_SMEM: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     # Lanes read words without bank conflicts.
     W_SMEM: gl.constexpr = gl.SwizzledSharedLayout(4, 4, 2, [1, 0])
-    # A step lies in one group, or its halves may have one each.
+    # Two steps lie in one group, or one does, or its halves may have one each. Parts of K begin with an even step.
+    GROUP_STEPS: gl.constexpr = 2 if GROUP != 0 and GROUP % 128 == 0 else 1
     HALVES: gl.constexpr = GROUP % 64 != 0
     pid = gl.program_id(0)
     tile = pid
@@ -151,7 +155,7 @@ def hopper_dot_kernel(
         divided = pid >= whole
         at = gl.maximum(pid - whole, 0)
         if divided:
-            steps = gl.cdiv(last, split)
+            steps = gl.cdiv(gl.cdiv(last, GROUP_STEPS), split) * GROUP_STEPS
             tile = whole + at // split
             first = at % split * steps
             last = gl.minimum(first + steps, last)
@@ -183,9 +187,10 @@ def hopper_dot_kernel(
             y_smem += (gl.allocate_shared_memory(dtype, [MORE_M, 64], X_SMEM),)
         more = gl.zeros([BLOCK_N, MORE_M], gl.float32, MORE_SUMS)
 
+    _copy(w_smem[0], w_ptrs, first < last)
     for i in gl.static_range(_STAGES - 2):
         there = first + i < last
-        _copy(w_smem[i], w_ptrs + i * 128, there)
+        _copy(w_smem[i + 1], w_ptrs + (i + 1) * 128, first + i + 1 < last)
         _copy(x_smem[i], x_ptrs + i * 64, there)
         if MORE_M:
             _copy(y_smem[i], y_ptrs + i * 64, there)
@@ -199,33 +204,44 @@ def hopper_dot_kernel(
     # after every product (its C7515; a third of the rate).
     end = gl.maximum(last, first + 1)
     gl.assume(end > first)
+    async_copy.wait_group(_STAGES - 3)
+    words = w_smem[0].load(WORDS)
     for start in range(first, end, _STAGES):
         for i in gl.static_range(_STAGES):
             # Past the last step x is zeros.
             step = start + i
-            async_copy.wait_group(_STAGES - 3)  # this step has arrived; a barrier follows: for all, and all left step - 2
+            # This step has arrived, and words of the next. A barrier follows: for all, and all left step - 2.
+            async_copy.wait_group(_STAGES - 3)
             there = step + (_STAGES - 2) < last
-            _copy(w_smem[(i + _STAGES - 2) % _STAGES], w_ptrs + (i + _STAGES - 2) * 128, there)
+            _copy(w_smem[(i + _STAGES - 1) % _STAGES], w_ptrs + (i + _STAGES - 1) * 128, step + (_STAGES - 1) < last)
             _copy(x_smem[(i + _STAGES - 2) % _STAGES], x_ptrs + (i + _STAGES - 2) * 64, there)
             if MORE_M:
                 _copy(y_smem[(i + _STAGES - 2) % _STAGES], y_ptrs + (i + _STAGES - 2) * 64, there)
             async_copy.commit_group()
-            a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
-            a1, b1 = a0, b0
-            if HALVES:
-                a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
-                s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, 64, 1), rows_n, G, HAS_ZEROS)
-            if GROUP != 0:
-                s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(step + 1, G, GROUP, 64, 0), rows_n, G, HAS_ZEROS)
-            w = weight_tile(w_smem[i].load(WORDS), a0, b0, a1, b1, dtype, HAS_ZEROS, PACKED, True)
-            w = gl.convert_layout(w, LEFT)
-            acc = warpgroup_mma(w, x_smem[i].permute((1, 0)), acc, is_async=True)
+            if i % GROUP_STEPS == 0:
+                a0, b0 = pair_constants(s0, z0, dtype, PACKED, HAS_ZEROS)
+                a1, b1 = a0, b0
+                after = step + GROUP_STEPS
+                if HALVES:
+                    a1, b1 = pair_constants(s1, z1, dtype, PACKED, HAS_ZEROS)
+                    s1, z1 = load_group(scales_ptr, zeros_ptr, group_at(after, G, GROUP, 64, 1), rows_n, G, HAS_ZEROS)
+                if GROUP != 0:
+                    s0, z0 = load_group(scales_ptr, zeros_ptr, group_at(after, G, GROUP, 64, 0), rows_n, G, HAS_ZEROS)
+            now = words
+            words = w_smem[(i + 1) % _STAGES].load(WORDS)
+            for j in gl.static_range(4):
+                w = weight_pairs(now, a0 if j < 2 else a1, b0 if j < 2 else b1, j, dtype, HAS_ZEROS, PACKED, True)
+                quarter = x_smem[i].slice(16 * j, 16, 1).permute((1, 0))
+                acc = warpgroup_mma(gl.convert_layout(w, LEFT), quarter, acc, is_async=True)
+                if MORE_M:
+                    quarter = y_smem[i].slice(16 * j, 16, 1).permute((1, 0))
+                    w = gl.convert_layout(w, gl.DotOperandLayout(0, MORE_SUMS, 2))
+                    more = warpgroup_mma(w, quarter, more, is_async=True)
+            # The products of this step go on, those of the step before end.
             if MORE_M:
-                w = gl.convert_layout(w, gl.DotOperandLayout(0, MORE_SUMS, 2))
-                more = warpgroup_mma(w, y_smem[i].permute((1, 0)), more, is_async=True)
-                acc, more = warpgroup_mma_wait(2, [acc, more])
+                acc, more = warpgroup_mma_wait(8, [acc, more])
             else:
-                acc = warpgroup_mma_wait(1, [acc])
+                acc = warpgroup_mma_wait(4, [acc])
         w_ptrs += _STAGES * 128
         x_ptrs += _STAGES * 64
         if MORE_M:

@@ -200,37 +200,37 @@ def plain_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, z
 
 
 _HOPPER_SIZES: tuple[tuple[HopperTiles, tuple[float, ...], float], ...] = (
-    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.278, 0.331, 0.421, 0.509), 1.08),
-    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.361, 0.545), 1.10),
-    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.286, 0.337, 0.440, 0.546), 1.09),
-    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.345, 0.525), 1.11),
-    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.307, 0.416, 0.582), 1.16),
-    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.437, 0.733), 1.15),
-    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.316, 0.453, 0.672), 1.17),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.454,), 1.10),
-    (HopperTiles(128, 0, 128, 1, 8, 8, 128), (0.457, 0.814), 1.26),
-    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.406, 0.628), 1.13),
-    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.646,), 1.08),
-    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.703,), 1.06),
+    (HopperTiles(32, 16, 64, 1, 8, 4, 128), (0.257, 0.302, 0.398, 0.527), 1.05),
+    (HopperTiles(32, 16, 128, 1, 8, 8, 128), (0.326, 0.521), 1.04),
+    (HopperTiles(64, 0, 64, 1, 8, 4, 128), (0.255, 0.315, 0.420, 0.552), 1.05),
+    (HopperTiles(64, 0, 128, 1, 8, 8, 128), (0.330, 0.521), 1.05),
+    (HopperTiles(64, 32, 64, 1, 8, 4, 168), (0.299, 0.375, 0.543), 1.04),
+    (HopperTiles(64, 32, 128, 1, 8, 8, 128), (0.375, 0.685), 1.09),
+    (HopperTiles(128, 0, 64, 1, 8, 4, 168), (0.312, 0.424, 0.634), 1.07),
+    (HopperTiles(128, 0, 128, 1, 8, 8, 0), (0.402,), 1.05),
+    (HopperTiles(128, 0, 256, 1, 8, 8, 0), (0.757,), 1.28),
+    (HopperTiles(128, 64, 64, 1, 8, 4, 0), (0.352, 0.593), 1.04),
+    (HopperTiles(128, 64, 128, 1, 8, 8, 0), (0.553,), 1.02),
+    (HopperTiles(256, 0, 128, 1, 8, 8, 0), (0.728,), 1.03),
 )
 """Sizes of tiles for `hopper.py`, microseconds of a step of 64 columns where 1, 2, ... programs share a multiprocessor, which
 holds as many as there are values, and how many times as long a step takes with zero points.
 
-Fitted to 1800 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
-(`benchmarks/results/h200-tiles.json`), root of the mean square 6 %. They count with each other, not for themselves. The last
-are medians of 1000 times with zero points.
+Fitted to 850 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 48 to 512: H200, 26 November 2026
+(`benchmarks/results/h200-tiles.json`), root of the mean square 5 %. They count with each other, not for themselves. The last
+are medians of times with zero points.
 """
 
-_FILL = 5  # steps that it takes a program to begin and to end
-_LONG = 5e-6  # how much longer steps of 64 features take for each column of K beyond 8192
-_SPLIT_US, _PART_US = 2.0, 2.2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
-_AGAIN_US = 8.0  # where parts run in several rounds: each further one
+_FILL = 3  # steps that it takes a program to begin and to end
+_LONG = 2e-6  # how much longer steps of 64 features take for each column of K beyond 8192
+_SPLIT_US, _PART_US = 3.0, 2e-5  # where K is split: once, and a byte of parts that a multiprocessor writes and reads
+_AGAIN_US = 4.0  # where parts run in several rounds: each further one
 
 
 def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperTiles:
     """Tiles of `hopper.py` for more than 32 rows, K a multiple of 64: the best by the rounds of programs that they make.
 
-    Of what was measured 0.5 % slower in the mean than the best of up to 40, 5 % at most; with zero points 0.9 and 11 %.
+    Of what was measured 0.5 % slower in the mean than the best of up to 40, 6 % at most; with zero points 0.6 and 7 %.
     """
     _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
     return replace(size, split_k=parts, whole=whole)
@@ -255,7 +255,8 @@ def hopper_candidates(
         for whole, parts in itertools.product(sorted({w for w in (0, full - at_once, full) if 0 <= w < tiles}), _SPLITS[1:]):
             programs = (tiles - whole) * parts
             if steps >= 4 * parts and programs <= 4 * at_once:
-                rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, -(-steps // parts), step_us, sms)
+                part = 2 * -(-steps // (2 * parts))
+                rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, part, step_us, sms)
                 summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
                 again = _AGAIN_US * (-(-programs // at_once) - 1)
                 yield rounds + summing + again, size, parts, whole
