@@ -72,6 +72,31 @@ def test_takeovers_are_found_between_the_sizes_of_the_grid(clock: dict[str, Call
             assert clock[chosen](m) <= 1.1 * min(clock[c](m) for c in choices)
 
 
+def test_a_twin_that_no_plan_takes_is_timed_on_the_grid_alone(
+    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32, at twice the bytes, is slower than bf16 at every size, and both are within what is timed closely."""
+    clock["twin:float32"] = lambda m: 1.5 * clock["twin:bfloat16"](m)
+    timed: dict[int, set[str]] = {}
+    rows = crossover.time_rows
+
+    def seen(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
+        timed[m] = set(ways)
+        return rows(ways, m, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(crossover, "time_rows", seen)
+    found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    between = set(timed) - set(GRID["cpu"])
+    assert len(between) >= 5
+    assert all("twin:float32" in timed[m] for m in GRID["cpu"])
+    assert not any("twin:float32" in timed[m] for m in between)
+    assert set(found.times) == set(clock)
+    clock["twin:float32"] = lambda m: (0.9 if m == 1 else 1.5) * clock["twin:bfloat16"](m)  # the faster one somewhere
+    timed.clear()
+    time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    assert any("twin:float32" in timed[m] for m in set(timed) - set(GRID["cpu"]))
+
+
 def test_stairs_are_found_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that takes 4 rows at a time loses from the first row of a step on, not from the next even number."""
     stairs = {"int4": lambda m: -(-m // 4) * 4e-5, "twin:bfloat16": lambda m: 2.1e-4 + 1e-7 * m}

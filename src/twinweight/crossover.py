@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -163,13 +163,15 @@ def time_variants(
             break
         found[m] = time_rows(variants, m, k, dtype, device, wrap=wrap)
         started = min(started, time.perf_counter())
+    surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
         measured = _joined(found, n)
-        for m in _around_takeovers(measured):
+        for m in _around_takeovers(measured, surpassed):
             if time.perf_counter() - started > seconds:
                 break
             guess = {c: measured.time_at(c, m) for c in variants}
-            near = {c: call for c, call in variants.items() if guess[c] < _HOPELESS * min(guess.values())}
+            worth = _HOPELESS * min(guess.values())
+            near = {c: call for c, call in variants.items() if guess[c] < worth and c not in surpassed}
             others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
             found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
     return _joined(found, n)
@@ -221,18 +223,30 @@ def time_rows(
     return {name: t.times(1 / inner) for name, t in times.items()}
 
 
-def _around_takeovers(measured: Measured) -> list[int]:
+def _surpassed(measured: Measured, nbytes: Callable[[str], int]) -> set[str]:
+    """Exact kinds of twins that no plan takes: another one is no larger, and faster at every size."""
+    kinds = [c for c in measured.times if c.startswith("twin:") and c.removeprefix("twin:") not in twin.LOSSY]
+
+    def surpasses(a: str, b: str) -> bool:
+        smaller = nbytes(a.removeprefix("twin:")) <= nbytes(b.removeprefix("twin:"))
+        return smaller and all(x.min < y.min for x, y in zip(measured.times[a], measured.times[b], strict=True))
+
+    return {b for b in kinds if any(surpasses(a, b) for a in kinds if a != b)}
+
+
+def _around_takeovers(measured: Measured, surpassed: Collection[str]) -> list[int]:
     """Sizes to time in the gaps in which one path takes over from another, on any route that may be used."""
     plain = measured.plain
-    twins = [c for c in measured.times if c.startswith("twin:")]
+    twins = [c for c in measured.times if c.startswith("twin:") and c not in surpassed]
     ms: set[int] = set()
     for choices in ([*plain], *([*plain, choice] for choice in twins)):
         for start in measured.route(choices).starts[1:]:
             before = measured.ms[measured.ms.index(start) - 1]
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1
-                # Stairs begin behind a multiple of 4 or more: at odd numbers of rows.
-                ms |= set(range(octave + 1, min(4 * octave, _STEPPED) + 1, 2 if octave > 2 else 1))
+                # Stairs begin behind a multiple of 4 or more; where there are none, a takeover is between two of these.
+                ms |= set(range(octave + 1, min(4 * octave, _STEPPED) + 1, 4 if octave > 2 else 1))
+                ms |= {before + 2} if start - before == 4 else set()
             elif start > before * _CLOSE:
                 ms.add(round(math.sqrt(before * start)))
     return sorted(ms - set(measured.ms))
