@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from twinweight import twin as twins
 from twinweight.engines.vllm import identity, own
 from twinweight.engines.vllm.layout import CpuLayout
+from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels.prepared import KernelWeight
-
-if TYPE_CHECKING:
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
 
 _CHECKED = 8  # identity rows that check an unpacked twin, spread over K
 _UNPACKED = 1 << 22  # weights expanded at a time: 40 MiB of temporaries
@@ -26,7 +22,7 @@ def transient_bytes(n: int, k: int, *, lossy: bool = False) -> int:
     return max(identity.ROWS * (n + k) * 2, _UNPACKED * 10) + (9 * n * k // 2 if lossy else 0)
 
 
-def allocate(kernel: TwinLinearKernel, kind: str) -> None:
+def allocate(kernel: Wrapped, kind: str) -> None:
     """An uninitialised twin of a kind (`twinweight.twin`) and bias. Charge `transient_bytes` besides."""
     device = kernel.device
     kernel.twin, kernel.twin_scales = twins.empty(kind, kernel.n, kernel.k, device)
@@ -36,7 +32,7 @@ def allocate(kernel: TwinLinearKernel, kind: str) -> None:
 
 
 @torch.inference_mode()
-def fill(kernel: TwinLinearKernel) -> None:
+def fill(kernel: Wrapped) -> None:
     """Write the twin and its bias in place from the layer's current weights. Raises RuntimeError where an 8-bit twin cannot
     be made of them.
     """
@@ -53,7 +49,7 @@ def fill(kernel: TwinLinearKernel) -> None:
     kernel.fresh = True
 
 
-def _source(kernel: TwinLinearKernel, kind: str) -> KernelWeight | Tensor:
+def _source(kernel: Wrapped, kind: str) -> KernelWeight | Tensor:
     """What an 8-bit twin is made from: an own copy, else the dense weight where that will do, else integers read back."""
     if kernel.own is not None:
         return kernel.own
@@ -66,7 +62,7 @@ def _source(kernel: TwinLinearKernel, kind: str) -> KernelWeight | Tensor:
 
 
 @torch.inference_mode()
-def is_exact(kernel: TwinLinearKernel) -> bool:
+def is_exact(kernel: Wrapped) -> bool:
     """Whether some identity rows through the inner kernel are columns of the twin, bit for bit."""
     if kernel.twin is None or kernel.twin_scales is not None:
         return False
@@ -76,7 +72,7 @@ def is_exact(kernel: TwinLinearKernel) -> bool:
     return torch.equal(kernel.twin[:, columns.start :: step][:, : len(columns)], expected)
 
 
-def _unpack_cpu(kernel: TwinLinearKernel, twin: Tensor) -> bool:
+def _unpack_cpu(kernel: Wrapped, twin: Tensor) -> bool:
     """Expand the layout of vLLM's CPU kernel, several times as fast as the identity; False where the layout is another."""
     layout = CpuLayout.of(kernel)
     if layout is None:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
+from twinweight.engines.vllm.wrapped import Wrapped
 
 ROWS = 512
 """Identity rows a call: enough for a GPU, 24 MiB of them at K = 24576."""
 
 
-def dense(kernel: TwinLinearKernel) -> Tensor:
+def dense(kernel: Wrapped) -> Tensor:
     """The weight as the inner kernel sees it, [N, K] in the activation dtype: a temporary."""
     out = torch.empty(kernel.n, kernel.k, dtype=kernel.dtype, device=kernel.device)
     fill(kernel, out)
     return out
 
 
-def fill(kernel: TwinLinearKernel, out: Tensor) -> None:
+def fill(kernel: Wrapped, out: Tensor) -> None:
     for start in range(0, kernel.k, ROWS):
         which = range(start, min(start + ROWS, kernel.k))
         out[:, which.start : which.stop].copy_(columns(kernel, which).t())
 
 
-def columns(kernel: TwinLinearKernel, which: range) -> Tensor:
+def columns(kernel: Wrapped, which: range) -> Tensor:
     """Columns of the weight as the inner kernel sees it: [len(which), N], in the activation dtype."""
     device = kernel.device
     at = torch.arange(which.start, which.stop, which.step, device=device)

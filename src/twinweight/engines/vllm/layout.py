@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
+from twinweight.engines.vllm.wrapped import Wrapped
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class CpuLayout:
     zeros: Tensor | None
 
     @staticmethod
-    def of(kernel: TwinLinearKernel) -> CpuLayout | None:
+    def of(kernel: Wrapped) -> CpuLayout | None:
         """None where the inner kernel is another, or keeps another layout (int8 activations)."""
         inner, n, k = kernel.inner, kernel.n, kernel.k
         if type(inner).__name__ != "CPUWNA16LinearKernel" or getattr(kernel.layer, "use_w4a8", True):
@@ -61,7 +60,7 @@ class CpuLayout:
         return q.sub_(z).mul_(s).to(dtype).view(blocks, -1, 16)
 
 
-def slice_of(kernel: TwinLinearKernel, n: int) -> Any:
+def slice_of(kernel: Wrapped, n: int) -> Any:
     """A stand-in for the layer with its first n outputs, n a multiple of 32, to time; None where the layout is not known."""
     layout = CpuLayout.of(kernel)
     if layout is None:

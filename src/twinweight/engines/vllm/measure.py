@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +17,13 @@ from twinweight.cache import Cache
 from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
+from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs
 from twinweight.kernels import backend_for
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import Offer, TwinOption
 from twinweight.workload import Workload
-
-if TYPE_CHECKING:
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
 
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 3 to 4 s on an H200, CPUs 4
@@ -58,7 +56,7 @@ class Kind:
         return {"engine": "vllm", **asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
 
 
-def kind_of(kernel: TwinLinearKernel) -> Kind:
+def kind_of(kernel: Wrapped) -> Kind:
     """The `Kind` of a layer."""
     c = kernel.config
     return Kind(
@@ -68,7 +66,7 @@ def kind_of(kernel: TwinLinearKernel) -> Kind:
 
 
 def known_or_measured(
-    kind: Kind, layers: Sequence[TwinLinearKernel], lossy: Sequence[str], store: Cache | None, seconds: float = math.inf
+    kind: Kind, layers: Sequence[Wrapped], lossy: Sequence[str], store: Cache | None, seconds: float = math.inf
 ) -> Measured:
     """The times of a kind of layer, from the cache where they are there. lossy: kinds of 8-bit twins to time besides; seconds:
     as in `time_variants`.
@@ -85,7 +83,7 @@ def known_or_measured(
 
 
 @torch.inference_mode()
-def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = (), seconds: float = math.inf) -> Measured:
+def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float = math.inf) -> Measured:
     """Time the inner kernel and all that a layer could have besides; `layers` are of one kind.
 
     Calls rotate over the layers, and over copies of what is ours, so that caches do not answer for memory. On a CPU a
@@ -110,14 +108,14 @@ def measure(layers: Sequence[TwinLinearKernel], lossy: Sequence[str] = (), secon
     return replace(measured, times=scaled, n=first.n)
 
 
-def shape_of(kernel: TwinLinearKernel) -> Shape:
+def shape_of(kernel: Wrapped) -> Shape:
     """What the embedded engine would call a layer's shape."""
     c = kernel.config
     group = kernel.k if c.group_size <= 0 else int(c.group_size)
     return Shape(kernel.n, kernel.k, group, not c.zero_points, False, kernel.dtype, kernel.device)
 
 
-def _ours(kernel: TwinLinearKernel, lossy: Sequence[str]) -> dict[str, str]:
+def _ours(kernel: Wrapped, lossy: Sequence[str]) -> dict[str, str]:
     """What can be timed beside the inner kernel: its name here, and in `crossover.variants`.
 
     An own copy buys a faster int4 kernel on CPUs; on GPUs it buys `stream` alone.
@@ -129,12 +127,12 @@ def _ours(kernel: TwinLinearKernel, lossy: Sequence[str]) -> dict[str, str]:
     return {**({OWN: INT4} if device.type == "cpu" else {}), "stream": "stream", **kinds}
 
 
-def _dense_kind(kernel: TwinLinearKernel) -> str:
+def _dense_kind(kernel: Wrapped) -> str:
     """Of the exact kinds the one with the fastest GEMM; each that is timed takes seconds of a start-up on CPUs."""
     return str(backend_for(kernel.device).stream_dtype(kernel.dtype)).removeprefix("torch.")
 
 
-def forms_of(kernel: TwinLinearKernel, lossy: Sequence[str]) -> tuple[Form, ...]:
+def forms_of(kernel: Wrapped, lossy: Sequence[str]) -> tuple[Form, ...]:
     """What a layer could have: twins, an own copy, or both."""
     device = kernel.device
     twins = {kind: (twin.nbytes(kind, kernel.n, kernel.k, device), twin_choice(kind)) for kind in (_dense_kind(kernel), *lossy)}
@@ -150,9 +148,7 @@ def forms_of(kernel: TwinLinearKernel, lossy: Sequence[str]) -> tuple[Form, ...]
     return (*forms, *both)
 
 
-def offer(
-    kernel: TwinLinearKernel, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()
-) -> Offered:
+def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()) -> Offered:
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
@@ -201,7 +197,7 @@ class Given:
         return {}
 
 
-def _inner(kernel: TwinLinearKernel, part: object) -> Callable[[Tensor], object]:
+def _inner(kernel: Wrapped, part: object) -> Callable[[Tensor], object]:
     return lambda x: kernel.inner.apply_weights(kernel.layer if part is None else part, x, None)
 
 

@@ -6,24 +6,20 @@ layout is known, else recovered from what it computes) and is kept only where it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
+from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.recover import recover
 from twinweight.weight import Int4Weight, pack_nibbles
 
-if TYPE_CHECKING:
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
-
 _ROWS = 1024  # output features compared at a time
 
 
-def can_have(kernel: TwinLinearKernel) -> bool:
+def can_have(kernel: Wrapped) -> bool:
     """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there."""
     c = kernel.config
     if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False):
@@ -31,14 +27,14 @@ def can_have(kernel: TwinLinearKernel) -> bool:
     return kernel.device.type != "cpu" or CpuLayout.of(kernel) is not None
 
 
-def nbytes(kernel: TwinLinearKernel) -> int:
+def nbytes(kernel: Wrapped) -> int:
     """Bytes of an own copy."""
     symmetric = not kernel.config.zero_points
     return backend_for(kernel.device).weight_bytes(kernel.n, kernel.k, _group_size(kernel), False, symmetric)
 
 
 @torch.inference_mode()
-def make(kernel: TwinLinearKernel, *, exact: bool = True) -> KernelWeight | None:
+def make(kernel: Wrapped, *, exact: bool = True) -> KernelWeight | None:
     """The weight in our layout; None where that would compute something else, by as much as a rounded zero point if not
     `exact` (for 8-bit twins, which round more).
     """
@@ -51,7 +47,7 @@ def make(kernel: TwinLinearKernel, *, exact: bool = True) -> KernelWeight | None
 
 
 @torch.inference_mode()
-def refill(kernel: TwinLinearKernel) -> None:
+def refill(kernel: Wrapped) -> None:
     """Write new weights in place. Where they do not fit the copy: drops it on a CPU, raises RuntimeError on a GPU, whose
     captured graphs hold its address.
     """
@@ -68,7 +64,7 @@ def refill(kernel: TwinLinearKernel) -> None:
             mine.copy_(fresh)
 
 
-def _group_size(kernel: TwinLinearKernel) -> int:
+def _group_size(kernel: Wrapped) -> int:
     given = int(kernel.config.group_size)
     return kernel.k if given <= 0 else given
 
