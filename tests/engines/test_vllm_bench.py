@@ -19,7 +19,10 @@ from twinweight.errors import ConfigError, TwinweightError
 
 
 def arm(ttft: list[float], tpot: list[float], *, on: bool = False) -> dict[str, Any]:
-    twins = {"twins": {"a": {}, "b": {}}, "inner": {"a": "Marlin", "b": "Marlin"}, "bytes": 1 << 30, "routes": {"8x8": "twin"}}
+    twins = {
+        "twins": {"a": {}, "b": {}}, "copies": 1, "inner": {"a": "Marlin", "b": "Marlin"}, "bytes": 1 << 30,
+        "routes": {"8x8": "twin"},
+    }  # fmt: skip
     points = [{"prompt_tokens": 512, "concurrency": 8, "ttft_s": ttft, "tpot_s": tpot, "itl_s": tpot[::-1]}]
     return {
         "startup_s": 20.0 + 5 * on, "kv_tokens": 1000 - 100 * on, "inner_kernel": "Marlin", "twinweight": twins if on else None,
@@ -44,8 +47,8 @@ def test_medians_are_over_all_rounds() -> None:
     assert found["ratios"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 2.0, "tpot": 1.0, "itl": 1.0}]
     assert found["noise"] == [{"prompt_tokens": 512, "concurrency": 8, "ttft": 1.6667, "tpot": 1.5, "itl": 0.6667}]
     assert found["arms"]["on"] == {
-        "kv_tokens": 900, "startup_s": 25.0, "startups_s": [25.0, 25.0], "twins": 2, "weights": 2, "twin_gib": 1.0, "routes":
-        {"8x8": "twin"},
+        "kv_tokens": 900, "startup_s": 25.0, "startups_s": [25.0, 25.0], "twins": 2, "copies": 1, "weights": 2, "twin_gib": 1.0,
+        "routes": {"8x8": "twin"},
     }  # fmt: skip
 
 

@@ -101,6 +101,7 @@ def test_metrics_show_twins_and_calls(server: Server, tmp_path: Path) -> None:
     assert "vllm:num_requests_running" in families
     values = {name: f.samples[0].value for name, f in families.items() if name.startswith("twinweight_")}
     assert values["twinweight_twins"] == linears(MODEL)
+    assert 0 <= values["twinweight_copies"] <= linears(MODEL)
     assert values["twinweight_missed"] == 0
     assert values["twinweight_bytes"] > 0
     assert families["twinweight_calls"].type == "counter"

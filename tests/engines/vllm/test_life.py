@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -103,6 +104,19 @@ def test_twins_leave_room_for_a_fixed_kv_cache_and_activations_on_a_gpu(
     monkeypatch.setattr(compat, "graphs_bytes", lambda worker: 2 * MIB)
     assert found._size(lambda: 4 * MIB) == 4 * MIB
     assert found.built == list(kept)
+
+
+def test_own_copies_are_not_counted_as_twins() -> None:
+    found = life()
+    forms = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}
+    twins = {name: replace(found.plan.twins[name], name=form) for name, form in forms.items()}
+    found.plan = replace(found.plan, twins=twins)
+    assert {key: found.status()[key] for key in ("twins", "copies", "missed")} == {"twins": 2, "copies": 2, "missed": 0}
+    assert found._held() == "2 twins and 2 int4 copies"
+    found._keep(1)
+    assert (found.status()["twins"], found.status()["copies"]) == (1, 1)
+    del found.built[0]
+    assert found._held() == "0 twins"
 
 
 @pytest.mark.parametrize(("tags", "gone"), [(("kv_cache",), False), (("weights",), True), (("weights", "kv_cache"), True)])

@@ -20,7 +20,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from twinweight.engines.vllm import compat, metrics
 from twinweight.engines.vllm.metrics import Collector, Publisher
 
-STATUS = {"twins": 3, "missed": 1, "bytes": 4096, "kv_tokens": 17, "calls": {"int4": {"1": 5}, "twin": {"256": 2}}}
+STATUS = {
+    "twins": 3, "copies": 2, "missed": 1, "bytes": 4096, "kv_tokens": 17, "calls": {"int4": {"1": 5}, "twin": {"256": 2}}
+}  # fmt: skip
 
 
 class Worker:
@@ -56,6 +58,7 @@ def test_what_a_worker_writes_is_served(collector: Collector) -> None:
     publisher.write()
     text = scrape(collector)
     assert 'twinweight_twins{engine="0",rank="0"} 3.0' in text
+    assert 'twinweight_copies{engine="0",rank="0"} 2.0' in text
     assert 'twinweight_missed{engine="0",rank="0"} 1.0' in text
     assert 'twinweight_bytes{engine="0",rank="0"} 4096.0' in text
     assert 'twinweight_kv_tokens_given_up{engine="0",rank="0"} 17.0' in text

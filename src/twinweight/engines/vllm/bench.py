@@ -173,6 +173,7 @@ def _arm(found: list[dict[str, Any]]) -> dict[str, Any]:
         "startup_s": round(Timing.of([f["startup_s"] for f in found]).median, 1),
         "startups_s": [round(f["startup_s"], 1) for f in found],
         "twins": len(report["twins"]) if report else 0,
+        "copies": report["copies"] if report else 0,
         "weights": len(report["inner"]) if report else None,
         "twin_gib": round(report.get("bytes", 0) / GIB, 4) if report else 0.0,
         "routes": report.get("routes", {}) if report else {},

@@ -29,7 +29,7 @@ Wanted = tuple[str, str]
 
 
 class Life:
-    """Follows one worker object. `built` holds the names of layers with a twin, the most valuable bytes first."""
+    """Follows one worker object. built: names of layers with a twin, an own copy or both, the most valuable bytes first."""
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
@@ -233,13 +233,22 @@ class Life:
             tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {self.floor.tokens}"
         routes = "; ".join(f"{kind}: {route}" for kind, route in self.routes().items()) or "no W4A16 layer"
         log.info(
-            "Twinweight %s: %d twins built, %d missed, %.3f of %.3f GiB a rank%s%s; measured in %.1f s, built in %.1f s; %s",
-            self.config.mode, len(self.built), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
+            "Twinweight %s: %s built, %d missed, %.3f of %.3f GiB a rank%s%s; measured in %.1f s, built in %.1f s; %s",
+            self.config.mode, self._held(), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
             self._gain(), *self.seconds, routes,
         )  # fmt: skip
         if self.plan.missed:
             budget = self.plan.budget
             log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
+
+    def _counts(self) -> tuple[int, int]:
+        """Layers with a twin, and with an int4 copy."""
+        forms = [self.plan.twins[name].name for name in self.built]
+        return sum(_twin_of(form) is not None for form in forms), sum(measure.OWN in form.split("+") for form in forms)
+
+    def _held(self) -> str:
+        twins, copies = self._counts()
+        return f"{twins} twins and {copies} int4 copies" if copies else f"{twins} twins"
 
     def _gain(self) -> str:
         """What the twins save in a step of prefill, by the times that were measured; nothing where none were."""
@@ -323,11 +332,14 @@ class Life:
         for (path, rows), count in sorted(paths.calls.copy().items()):
             calls.setdefault(Path(path).name.lower(), {})[str(rows)] = count
         tokens = 0 if self.kv_fixed or not self.floor.per_token else int(held / self.floor.per_token)
-        return {"twins": len(self.built), "missed": len(planned) - len(self.built), "bytes": held, "kv_tokens": tokens,
-                "calls": calls}  # fmt: skip
+        twins, copies = self._counts()
+        missed = len(planned) - len(self.built)
+        return {"twins": twins, "copies": copies, "missed": missed, "bytes": held, "kv_tokens": tokens, "calls": calls}
 
     def report(self, check: bool = False) -> str:
-        """JSON: twins by name (dtype, address, with `check` whether it is exact), calls by path, inner kernels, routes."""
+        """JSON: twins by name (dtype, address, with `check` whether it is exact), own copies, calls by path, inner kernels,
+        routes.
+        """
         with compat.forward_context(self.worker):
             twins = {
                 name: {
@@ -341,8 +353,8 @@ class Life:
         calls = {f"{Path(path).name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
         inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
         return json.dumps({
-            "twins": twins, "bytes": self.status()["bytes"], "calls": calls, "inner": inner, "routes": self.routes(),
-            "kv_floor": self.floor.tokens,
+            "twins": twins, "copies": self._counts()[1], "bytes": self.status()["bytes"], "calls": calls, "inner": inner,
+            "routes": self.routes(), "kv_floor": self.floor.tokens,
         })  # fmt: skip
 
 

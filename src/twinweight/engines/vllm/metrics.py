@@ -30,9 +30,10 @@ INTERVAL = 2.0
 _LABELS = ("engine", "rank")
 _GAUGES = {
     "twins": ("twinweight_twins", "Linear weights of this rank that have a twin."),
-    "missed": ("twinweight_missed", "Linear weights of this rank that were to have a twin and have none."),
-    "bytes": ("twinweight_bytes", "Bytes of twins on this rank."),
-    "kv_tokens": ("twinweight_kv_tokens_given_up", "KV-cache tokens that would fit in the place of the twins."),
+    "copies": ("twinweight_copies", "Linear weights of this rank that have an int4 copy of ours."),
+    "missed": ("twinweight_missed", "Linear weights of this rank that were to have a twin or a copy and have none."),
+    "bytes": ("twinweight_bytes", "Bytes of twins and copies on this rank."),
+    "kv_tokens": ("twinweight_kv_tokens_given_up", "KV-cache tokens that would fit in the place of twins and copies."),
 }
 _CALLS = (
     "twinweight_calls",
@@ -136,7 +137,7 @@ def _read(where: Path) -> list[dict[str, Any]]:
 
 
 def families(workers: Iterable[dict[str, Any]]) -> list[Any]:
-    """Prometheus metric families from what workers wrote: {"labels", "twins", "missed", "bytes", "kv_tokens", "calls"}."""
+    """Prometheus metric families from what workers wrote: "labels" beside what `Life.status` returns."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     gauges = {key: GaugeMetricFamily(name, text, labels=_LABELS) for key, (name, text) in _GAUGES.items()}
