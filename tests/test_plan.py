@@ -174,18 +174,53 @@ def test_where_memory_is_short_twins_that_save_much_are_built() -> None:
         assert (len(found.twins), len(found.missed)) == (twins, 3 * twins)
 
 
+def test_twins_leave_some_cache_where_nobody_says_how_much_is_needed() -> None:
+    """Ten twins of 10 bytes, 100 of a cache of 120, save 48 of 100 microseconds each beyond the margin, 4.8 by the byte. A byte
+    costs a fifth of 1000 microseconds by 120 at first, 3.75 times of 80 bytes left and 4.9 of 70.
+    """
+    offers, weights = {"much": Timed(100.0, 50.0)}, dict.fromkeys("abcdefghij", "much")
+    known, unknown = budget(120), budget(120, kv_unknown=True)
+    assert len(plan(weights, known, offers, Workload.prefill(2048), "soft").twins) == 10
+    found = plan(weights, unknown, offers, Workload.prefill(2048), "soft")
+    assert (list(found.twins), found.missed) == (list("abcd"), {})
+    assert "6 more twins" in found.refused
+    assert "KV floor" in found.refused
+    assert len(plan(weights, unknown, offers, Workload.prefill(2048), "hard").twins) == 10
+    plenty = plan(weights, budget(10**4, kv_unknown=True), offers, Workload.prefill(2048), "soft")
+    assert (len(plenty.twins), plenty.refused) == (10, "")
+    tight = plan(weights, budget(120, kv_floor=95, kv_unknown=True), offers, Workload.prefill(2048), "soft")
+    assert (len(tight.twins), len(tight.missed), tight.refused) == (2, 8, "")  # the floor alone decides
+
+
+def test_of_several_options_each_further_byte_must_be_worth_it() -> None:
+    """A copy of 2 bytes saves 40 microseconds, 10 more bytes 10 more: worth it where the cache is large."""
+
+    class Both(Timed):
+        def options(self, workload: Workload) -> tuple[TwinOption, ...]:
+            return (TwinOption("canonical", 2, 40.0, is_twin=False), TwinOption("bfloat16", 12, 50.0))
+
+    for cache, names in ((2000, ["bfloat16"] * 4), (90, ["canonical"] * 4)):
+        found = plan(dict.fromkeys("abcd", "kind"), budget(cache, kv_unknown=True), {"kind": Both(100.0, 50.0)},
+                     Workload.prefill(2048), "soft")  # fmt: skip
+        assert [o.name for o in found.twins.values()] == names
+
+
 times = st.tuples(st.floats(1, 100), st.floats(0, 1))
 
 
-@given(st.lists(times, min_size=1, max_size=8), st.integers(0, 200), st.integers(0, 100))
+@given(st.lists(times, min_size=1, max_size=8), st.integers(0, 200), st.integers(0, 100), st.booleans())
 def test_more_budget_is_never_slower_by_the_price_of_the_cache(
-    kinds: list[tuple[float, float]], spendable: int, more: int
+    kinds: list[tuple[float, float]], spendable: int, more: int, unknown: bool
 ) -> None:
     offers = {str(i): Timed(without, without * share) for i, (without, share) in enumerate(kinds)}
     small, large = (
-        plan({k: k for k in offers}, budget(n), offers, Workload.prefill(2048), "soft") for n in (spendable, spendable + more)
+        plan({k: k for k in offers}, budget(n, kv_unknown=unknown), offers, Workload.prefill(2048), "soft")
+        for n in (spendable, spendable + more)
     )
     assert large.saved_us >= small.saved_us - 1e-6
+    known = plan({k: k for k in offers}, budget(spendable), offers, Workload.prefill(2048), "soft")
+    assert small.twin_bytes <= known.twin_bytes
+    assert not unknown or small.twin_bytes <= max(0, spendable - 1)
 
 
 weights_strategy = st.lists(st.tuples(st.integers(1, 100), st.floats(-1, 10).map(lambda s: round(s, 6))), max_size=30).map(

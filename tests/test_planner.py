@@ -203,6 +203,26 @@ def test_a_plan_says_why_twins_are_not_worth_their_memory(tmp_path: Path, monkey
     assert "of the KV cache" not in str(plan_table(found, "hard").parts)
 
 
+def test_a_floor_says_how_much_cache_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twins that halve prefill would take nearly all of a small card's cache; without a floor they take less."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(cache, "describe", lambda device: {"type": "cuda", "name": "NVIDIA GeForce RTX 4090", "arch": "8.9"})
+    times = measured(int4=[2e-6, 2e-6, 4e-6, 8e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 4e-6])
+    for kind in dict.fromkeys(shard(presets.preset("llama-3.1-8b")).weights.values()):
+        shape = {"engine": "vllm", "n": kind.n, "k": kind.k, "group_size": 128, "act_order": False, "zero_points": False}
+        cache.Cache(tmp_path).write({**shape, "inner": f"Kernel{kind.n}x{kind.k}"}, None, times)  # type: ignore[arg-type]
+    guessed, given = (
+        plan_model("llama-3.1-8b", Request("RTX 4090", max_model_len=8192, **f)) for f in ({}, {"kv_floor": 8192})
+    )
+    assert guessed["budget"] == given["budget"]
+    few, many = guessed["modes"]["soft"], given["modes"]["soft"]
+    assert 0 < few["twins"] < many["twins"]
+    assert few["kv_tokens"] > 1.4 * many["kv_tokens"] >= 1.4 * 8192
+    assert "a KV floor says" in guessed["refused"]["soft"]
+    assert "soft" not in given["refused"]
+    assert guessed["modes"]["hard"] == given["modes"]["hard"]
+
+
 def test_a_config_of_any_origin_is_read(tmp_path: Path) -> None:
     config = presets.preset("llama-3.2-1b", 2)
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar, get_args
 
@@ -29,6 +29,9 @@ A fifth: twins that take half of the cache must save a tenth. On an H200 half of
 step, and one of its prompts came 1.1 % later; and a fifth of llama-3.3-70b's, on humming, for 4.24 %, of which servers showed
 0.4 to 1.7 %, and one of six points came 8 % later. Where all twins are larger than the cache it is a share of those: what
 saves half of the time is worth little memory, too.
+
+That is the price of the first byte. Where nobody said how much of the cache is needed (`Budget.kv_unknown`), it rises with the
+square of how much smaller the cache has become: fewer requests fit at once, and a full server takes so many times as long.
 """
 PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 """The environment variable this project started from: 1 means mode `soft`."""
@@ -90,6 +93,7 @@ class Budget:
     transient: peak of temporaries while a twin is built. kv_floor: KV cache that twins may never take.
     reserves: what else must stay free, by name (activations, graphs, scratch).
     weights: what the model's weights take, out of `free` already.
+    kv_unknown: many requests share the cache, and the floor is what one of them needs: nobody said how much they all do.
     """
 
     total: int
@@ -99,6 +103,7 @@ class Budget:
     kv_floor: int = 0
     reserves: tuple[tuple[str, int], ...] = ()
     weights: int = 0
+    kv_unknown: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
@@ -171,7 +176,7 @@ class Plan:
     """What was decided. twins: weight name -> its option; missed: weights whose twin pays but does not fit.
 
     gap: share by which another choice could at most save more; 0 is proven best. refused: why twins that would fit and gain
-    something are not worth it, where there is none for that reason.
+    something are not worth it, where there are some.
     """
 
     mode: Mode
@@ -208,6 +213,7 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     less, beyond `MARGIN` of its calls, than `CACHE_PRICE` asks for its bytes.
     See `choose` for modes and errors.
     """
+    most = None
     if mode == "off":
         return Plan(mode, budget, {}, {})
     counts = Counter(weights.values())
@@ -226,7 +232,34 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
             if wanted and not any(options.values()):
                 each = f"beyond {MARGIN:.0%} of its calls each must save {CACHE_PRICE:g} of its share"
                 return Plan(mode, budget, {}, {}, refused=f"{share}, for {wanted / room:.0%} of the KV cache: {each}")
-    return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode)
+            if budget.kv_unknown:
+                most = _worth([(n, options[kind], sure[kind]) for kind, n in counts.items()], price, budget.kv_bytes(0))
+    return choose([TwinCandidate(name, options[kind]) for name, kind in weights.items()], budget, mode, most)
+
+
+def _worth(kinds: Sequence[tuple[int, tuple[TwinOption, ...], float]], price: float, cache: int) -> int:
+    """Bytes of twins behind which the next one saves less, by the byte, than the cache's bytes cost: `price` microseconds each
+    at first, and more by the square of `cache` over what is left of it. kinds: count, options, and what of each saving does
+    not count.
+    """
+    steps = sorted((-saved / nbytes, nbytes, n) for n, options, sure in kinds for nbytes, saved in _steps(options, sure))
+    taken = 0
+    for slope, nbytes, n in steps:
+        for _ in range(n):
+            left = cache - taken - nbytes
+            if left <= 0 or -slope < price * (cache / left) ** 2:
+                return taken
+            taken += nbytes
+    return taken
+
+
+def _steps(options: Sequence[TwinOption], sure: float) -> Iterator[tuple[int, float]]:
+    """(bytes, microseconds saved) from nothing to the best of some options, the most saved by the byte first."""
+    nbytes, saved = 0, sure
+    while further := [o for o in options if o.nbytes > nbytes and o.saved_us > saved]:
+        to = max(further, key=lambda o: (o.saved_us - saved) / (o.nbytes - nbytes))
+        yield to.nbytes - nbytes, to.saved_us - saved
+        nbytes, saved = to.nbytes, to.saved_us
 
 
 def _served(
@@ -248,12 +281,12 @@ def _served(
     }  # fmt: skip
 
 
-def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> Plan:
+def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode, most: int | None = None) -> Plan:
     """Choose the options that save the most time, exactly (`knapsack.solve`): at most one a weight, within the budget.
 
     `off` chooses none. `soft` takes what fits. `hard` gives a twin to every weight that gains from one, or raises BudgetError,
     with the arithmetic, before anything is allocated. Of weights with equal options the earlier get the better one, so that
-    equal inputs give equal plans on every rank.
+    equal inputs give equal plans on every rank. most: bytes of twins that are worth theirs, where that is less than fits.
     """
     if mode == "off":
         return Plan(mode, budget, {}, {})
@@ -270,7 +303,8 @@ def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> P
         shapes.setdefault(options, []).append(name)
     none = () if mode == "hard" else ((0, 0.0),)
     items = [Item(len(names), (*((o.nbytes, o.saved_us) for o in os), *none)) for os, names in shapes.items()]
-    solution = solve(items, budget.for_twins)
+    worth = budget.for_twins if most is None else min(most, budget.for_twins)
+    solution = solve(items, worth)
     twins: dict[str, TwinOption] = {}
     for (options, names), taken in zip(shapes.items(), solution.taken, strict=True):
         best_first = sorted(range(len(options)), key=lambda o: -options[o].saved_us)
@@ -278,6 +312,10 @@ def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode) -> P
         twins.update(zip(names, given, strict=False))
     chosen = {name: twins[name] for name, _ in paying if name in twins}
     missed = {name: max(options, key=lambda o: o.saved_us) for name, options in paying if name not in twins}
+    if worth < budget.for_twins and missed:
+        left = sum(o.nbytes for o in missed.values()) / GIB
+        why = "as much KV cache may be needed: a KV floor says how much is"
+        return Plan(mode, budget, chosen, {}, solution.gap, f"{len(missed)} more twins, {left:.2f} GiB, are left out, {why}")
     return Plan(mode, budget, chosen, missed, solution.gap)
 
 

@@ -117,7 +117,7 @@ def _budget(ask: Request, gpu: Gpu, rank: Rank) -> tuple[Budget, int, int]:
     total = gpu.memory_bytes
     budget = Budget(
         total, max(0, total - rank.weight_bytes), ask.utilization, transient, floor * rank.kv_bytes_per_token, kept,
-        weights=rank.weight_bytes,
+        weights=rank.weight_bytes, kv_unknown=ask.kv_floor is None,
     )  # fmt: skip
     return budget, floor, tokens
 

@@ -242,7 +242,7 @@ def graphs_bytes(worker: Any) -> int:
     return 0 if eager or device_of(worker).type == "cpu" else reserves.graphs_bytes(len(sizes))
 
 
-def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, int], ...]) -> Budget:
+def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, int], ...], *, kv_unknown: bool) -> Budget:
     """What vLLM's own accounting leaves to this worker: utilization x total, less what start-up has used so far.
 
     On a CPU every rank of a node sees the same free memory, so each counts on its share of it only.
@@ -259,7 +259,9 @@ def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, i
         available = read_memory(device).free
         used = worker.init_snapshot.free_memory - available
     kept = round(total * (1 - utilization))
-    return Budget(total, max(0, min(total - used, available + kept)), utilization, transient, floor, reserves)
+    free = max(0, min(total - used, available + kept))
+    kv_unknown = kv_unknown and device.type != "cpu"  # where the cache has a size of its own
+    return Budget(total, free, utilization, transient, floor, reserves, kv_unknown=kv_unknown)
 
 
 def device_of(worker: Any) -> torch.device:

@@ -25,7 +25,8 @@ class Config:
 
     mode: "off", "soft" (as many twins as fit) or "hard" (all, or start-up stops).
     dtype: "dense" (exact), or 8-bit twins besides: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU.
-    kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len.
+    kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len. Given, it says how much is
+    needed, and twins may take the rest; else what is left of the cache grows dearer as they do (`plan.CACHE_PRICE`).
     activation_reserve_mib, graphs_reserve_mib: memory kept for the activation peak and for CUDA graphs; None is an estimate.
     crossover: rows from which a twin serves, instead of the measured number.
     workload: what twins are chosen for: prompt lengths, or a file with a server's saved /metrics (`from_metrics`); None

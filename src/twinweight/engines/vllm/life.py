@@ -102,7 +102,8 @@ class Life:
             ("CUDA graphs", _mib(self.config.graphs_reserve_mib, lambda: compat.graphs_bytes(self.worker))),
         )
         fixed = compat.explicit_kv_bytes(self.worker)
-        own = compat.budget(self.worker, self.floor.nbytes if fixed is None else fixed, transient, reserves)
+        floor, unknown = (self.floor.nbytes, self.config.kv_floor is None) if fixed is None else (fixed, False)
+        own = compat.budget(self.worker, floor, transient, reserves, kv_unknown=unknown)
         budget = min(compat.gather(own), key=lambda b: b.for_twins)
         kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items()}
         return plan(kinds, budget, self.offers, self.workload, self.config.mode)
@@ -265,7 +266,8 @@ class Life:
             return ""
         if not self.plan.twins and not self.plan.missed:
             return f"; no twins: {self.plan.refused or f'none saves {MARGIN:.0%} of the calls that it would serve'}"
-        return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms"
+        more = f"; {self.plan.refused}" if self.plan.refused else ""
+        return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms{more}"
 
     def routes(self) -> dict[str, str]:
         """Which rows take which path, by kind of layer; where only some of a kind have a twin, theirs."""

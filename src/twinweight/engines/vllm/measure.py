@@ -27,7 +27,7 @@ from twinweight.workload import Workload
 
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 2 to 4 s on an H200, CPUs 4
-to 12. A kernel's first call is not counted: humming compiles all it has there (38 to 43 s), as a server does sooner or later."""
+to 12. A kernel's first call is not counted: humming compiles all it has there (38 s), as a server does sooner or later."""
 
 INT4 = "int4"
 OWN = "own"
