@@ -11,6 +11,7 @@ import pytest
 from tests.test_measured import measured
 from twinweight import cache, gpus, plots, presets
 from twinweight.errors import CheckpointError, ConfigError
+from twinweight.measured import Measured
 from twinweight.planner import Request, plan_model
 from twinweight.report import plan_table
 from twinweight.sharding import shard
@@ -188,13 +189,17 @@ def test_stored_measurements_are_used_where_all_shapes_have_one(tmp_path: Path, 
     assert plan_model("llama-3.2-1b", Request("h200", max_model_len=8192))["speed"]["source"] == "roofline"
 
 
-def test_a_plan_says_why_twins_are_not_worth_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+def on_a_4090(where: Path, monkeypatch: pytest.MonkeyPatch, times: Measured) -> None:
+    """Let these be the times that every linear of llama-3.1-8b was measured with on an RTX 4090."""
+    monkeypatch.setenv(cache.VARIABLE, str(where))
     monkeypatch.setattr(cache, "describe", lambda device: {"type": "cuda", "name": "NVIDIA GeForce RTX 4090", "arch": "8.9"})
-    times = measured(int4=[2e-6, 2e-6, 2e-6, 4e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 3.9e-6])
     for kind in dict.fromkeys(shard(presets.preset("llama-3.1-8b")).weights.values()):
         shape = {"engine": "vllm", "n": kind.n, "k": kind.k, "group_size": 128, "act_order": False, "zero_points": False}
-        cache.Cache(tmp_path).write({**shape, "inner": f"Kernel{kind.n}x{kind.k}"}, None, times)  # type: ignore[arg-type]
+        cache.Cache(where).write({**shape, "inner": f"Kernel{kind.n}x{kind.k}"}, None, times)  # type: ignore[arg-type]
+
+
+def test_a_plan_says_why_twins_are_not_worth_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_4090(tmp_path, monkeypatch, measured(int4=[2e-6, 2e-6, 2e-6, 4e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 3.9e-6]))
     found = plan_model("llama-3.1-8b", Request("RTX 4090", max_model_len=8192))
     assert found["modes"]["soft"]["twins"] == 0
     assert found["modes"]["soft"]["kv_tokens"] > 0
@@ -205,12 +210,7 @@ def test_a_plan_says_why_twins_are_not_worth_their_memory(tmp_path: Path, monkey
 
 def test_a_floor_says_how_much_cache_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twins that halve prefill would take nearly all of a small card's cache; without a floor they take less."""
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(cache, "describe", lambda device: {"type": "cuda", "name": "NVIDIA GeForce RTX 4090", "arch": "8.9"})
-    times = measured(int4=[2e-6, 2e-6, 4e-6, 8e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 4e-6])
-    for kind in dict.fromkeys(shard(presets.preset("llama-3.1-8b")).weights.values()):
-        shape = {"engine": "vllm", "n": kind.n, "k": kind.k, "group_size": 128, "act_order": False, "zero_points": False}
-        cache.Cache(tmp_path).write({**shape, "inner": f"Kernel{kind.n}x{kind.k}"}, None, times)  # type: ignore[arg-type]
+    on_a_4090(tmp_path, monkeypatch, measured(int4=[2e-6, 2e-6, 4e-6, 8e-6], twin_bfloat16=[4e-6, 4e-6, 4e-6, 4e-6]))
     guessed, given = (
         plan_model("llama-3.1-8b", Request("RTX 4090", max_model_len=8192, **f)) for f in ({}, {"kv_floor": 8192})
     )
