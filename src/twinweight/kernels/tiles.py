@@ -255,7 +255,7 @@ def hopper_candidates(
         for whole, parts in itertools.product(sorted({w for w in (0, full - at_once, full) if 0 <= w < tiles}), _SPLITS[1:]):
             programs = (tiles - whole) * parts
             if steps >= 4 * parts and programs <= 4 * at_once:
-                part = 2 * -(-steps // (2 * parts))
+                part = 2 * -(-steps // (2 * parts))  # each begins with an even step
                 rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, part, step_us, sms)
                 summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
                 again = _AGAIN_US * (-(-programs // at_once) - 1)
