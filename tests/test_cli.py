@@ -104,3 +104,17 @@ def test_a_truncated_file_is_one_message(model: Path, tmp_path: Path) -> None:
     assert file.name in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in run("--debug", "load-check", bad).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"), [("--kv-floor", -1, "KV floor is -1"), ("--device", "meta", "no GPU of that kind")]
+)
+def test_settings_that_no_machine_has_are_refused(model: Path, option: str, value: object, message: str) -> None:
+    done = run("load-check", model, option, value)
+    assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "twinweight", "plan", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--gpu" in done.stdout

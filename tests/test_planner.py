@@ -223,6 +223,38 @@ def test_a_floor_says_how_much_cache_is_needed(tmp_path: Path, monkeypatch: pyte
     assert guessed["modes"]["hard"] == given["modes"]["hard"]
 
 
+def test_a_config_without_what_its_class_has_by_default_is_read() -> None:
+    """Gemma's own leave out heads, vocabulary, longest context and that embeddings are tied."""
+    from transformers import Gemma2Config
+
+    whole = Gemma2Config().to_dict()
+    least = {key: whole[key] for key in ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")}
+    found, full = shard(least), shard({**whole, "model_type": "gemma2"})
+    assert found == full
+    assert found.longest == 8192
+    assert found.embedding_bytes == 0
+
+
+def test_active_experts_are_counted_by_the_name_that_a_model_has_for_them() -> None:
+    config = {
+        "model_type": "glm4_moe", "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 512,
+        "first_k_dense_replace": 1, "n_routed_experts": 16, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    found = shard(config)
+    assert found.expert_weights >= 16 * 3 * 128 * 256
+    assert found.active_experts == found.expert_weights // 8
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_attention_heads": 0}, {"hidden_size": "abc"}, {"text_config": "x"}, {"hidden_act": "no"}]
+)
+def test_a_damaged_config_is_named(wrong: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(presets.preset("llama-3.2-1b", 2) | wrong))
+    with pytest.raises((CheckpointError, ConfigError), match=r"config\.json|transformers"):
+        plan_model(str(tmp_path), Request("h100"))
+
+
 def test_a_config_of_any_origin_is_read(tmp_path: Path) -> None:
     config = presets.preset("llama-3.2-1b", 2)
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -84,6 +84,11 @@ def test_counters_are_read(text: str, tmp_path: Path) -> None:
         ('{"int4@x": 3}', "int4@16"),
         ('{"int4@1": "3"}', "int4@16"),
         ('{"calls": 3}', "no calls"),
+        ('{"int4@²": 100}', "int4@16"),
+        ('{"int4@1": 1e400}', "endlessly"),
+        ('{"int4@' + "9" * 300 + '": 1}', "rows or more"),
+        ('twinweight_calls_total{path="int4",rows="1"} 1..2', "no calls"),
+        ('twinweight_calls_total{path="int4",rows="1"} e', "no calls"),
     ],
 )
 def test_bad_files_are_refused(text: str, message: str, tmp_path: Path) -> None:

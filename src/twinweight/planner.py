@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from twinweight import estimate, gpus, presets, reserves
 from twinweight.checkpoint import read_json
-from twinweight.errors import BudgetError, CheckpointError, ConfigError
+from twinweight.errors import BudgetError, CheckpointError, ConfigError, TwinweightError
 from twinweight.gpus import Gpu
 from twinweight.plan import Budget, Mode, Plan, plan
 from twinweight.sharding import Kind, Rank, shard
@@ -66,7 +66,14 @@ def plan_model(model: str, ask: Request) -> dict[str, Any]:
     for key in ("model_type", "num_hidden_layers") if "text_config" not in config else ("model_type",):
         if key not in config:
             raise CheckpointError(file=file, expected=f"{key} (the config.json of a model)", found="none")
-    gpu, rank = gpus.gpu(ask.gpu), shard(config, ask.tp, file)
+    gpu = gpus.gpu(ask.gpu)
+    try:
+        rank = shard(config, ask.tp, file)
+    except TwinweightError:
+        raise
+    except Exception as error:  # whatever transformers raises for it
+        found = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise CheckpointError(file=file, expected="the config.json of a decoder", found=found) from error
     budget, floor, tokens = _budget(ask, gpu, rank)
     workload = ask.workload or Workload.prefill(tokens)
     offers, source = estimate.offers(gpu, rank)

@@ -127,7 +127,7 @@ def vllm_bench_table(result: dict[str, Any]) -> Report:
         f"KV cache: {off['kv_tokens']:,} tokens off, {on['kv_tokens']:,} on",
         f"start-up: {off['startup_s']} s off, {on['startup_s']} s on",
     ]
-    copies = f", {on['copies']} an int4 copy" if on["copies"] else ""
+    copies = f", {on['copies']} an int4 copy" if on.get("copies") else ""
     twins = f"{on['twins']} of {on['weights']} weights have a twin{copies}, {on['twin_gib']:.3f} GiB a rank"
     return Report((
         Table(title, columns if itl else columns[:-1], tuple(rows)),

@@ -21,6 +21,7 @@ _MERGED = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
 _ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "wo", "w2"))
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _VOCABULARY = 64
 _ITEMSIZE = 2
 _ASSUMED = "config.json names no quantization: W4A16 with groups of 128, symmetric, is assumed"
@@ -101,11 +102,13 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     from twinweight.synth import quantized_modules, skeleton
 
     source = file or Path("config.json")
-    text = {**config, **config.get("text_config", {})}
-    if text.get("kv_lora_rank"):
+    given = {**config, **config.get("text_config", {})}
+    if given.get("kv_lora_rank"):
         raise ConfigError("plan does not know latent attention (kv_lora_rank): its KV cache has another size")
     scheme, assumptions = _scheme(config, source)
     model: Any = skeleton({k: v for k, v in config.items() if k != "quantization_config"})
+    # A config.json leaves out what its model has by default.
+    text = {**model.config.get_text_config().to_dict(), **given}
     decoder = quantized_modules(model)
     heads = int(text["num_attention_heads"])
     kv_heads = int(text.get("num_key_value_heads") or heads)
@@ -154,7 +157,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
             other += parameter.numel() * _ITEMSIZE
     size = next((kind.group_size for kind in weights.values()), 128)
     other += experts // 2 + experts // size * 2
-    per_token, total = text.get("num_experts_per_tok") or 0, text.get("num_experts") or text.get("num_local_experts") or 1
+    per_token, total = text.get("num_experts_per_tok") or 0, next((text[key] for key in _EXPERTS if text.get(key)), 1)
     return Rank(
         weights, other, embedding, experts, experts * per_token // total,
         2 * int(text["num_hidden_layers"]) * own_kv * head_dim * _ITEMSIZE, int(text["num_hidden_layers"]),

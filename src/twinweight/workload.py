@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from twinweight.errors import ConfigError
 DEFAULT_ROWS = 2048
 """A prefill of this many rows stands for a workload that nobody described."""
 
-_LINE = re.compile(r"^twinweight_calls_total\{(?P<labels>[^}]*)\}\s+(?P<value>[0-9.eE+-]+)", re.MULTILINE)
-_ROWS = re.compile(r'\brows="(\d+)"')
+_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
+_LINE = re.compile(
+    rf"^twinweight_calls_total\{{(?P<labels>[^}}]*)\}}[ \t]+(?P<value>{_NUMBER})(?:[ \t]+-?[0-9]+)?[ \t]*$", re.MULTILINE
+)
+_ROWS = re.compile(r'\brows="([0-9]+)"')
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ def from_metrics(file: Path) -> Workload:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read metrics from {file}: {error}") from error
     counts = _json_counts(text, file) if text.lstrip().startswith("{") else _prometheus_counts(text)
+    if not all(m < 1 << 32 and n < math.inf for m, n in counts.items()):
+        raise ConfigError(f"{file} holds calls of 2^32 rows or more, or endlessly many")
     if not any(m > 0 and n > 0 for m, n in counts.items()):
         raise ConfigError(f"{file} holds no calls: expected lines of twinweight_calls_total, or JSON like {{'int4@16': 123}}")
     return Workload.of(counts)
@@ -98,7 +104,7 @@ def _json_counts(text: str, file: Path) -> dict[int, float]:
     for key, value in calls.items() if isinstance(calls, dict) else ():
         rows = value if isinstance(value, dict) else {key.partition("@")[2]: value}
         for m, n in rows.items():
-            if not m.isdigit() or isinstance(n, bool) or not isinstance(n, int | float) or n < 0:
+            if not (m.isascii() and m.isdigit()) or isinstance(n, bool) or not isinstance(n, int | float) or n < 0:
                 raise ConfigError(f"{file}: found {key!r}: {value!r}, expected calls by path and rows like 'int4@16': 123")
             counts[int(m)] = counts.get(int(m), 0) + n
     return counts

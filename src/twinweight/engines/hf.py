@@ -146,8 +146,12 @@ def _device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device is {device!r}, which torch does not know") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU")
+    try:
+        there = where.type == "cpu" or torch.get_device_module(where.type).is_available()
+    except (AttributeError, RuntimeError):
+        there = False
+    if not there:
+        raise ConfigError(f"device is {str(device)!r}, but torch sees no GPU of that kind")
     if where.type != "cpu" and where.index is None:
         where = torch.device(where.type, torch.get_device_module(where.type).current_device())
     return where
@@ -257,6 +261,8 @@ def _budget(
     dense = _dense_bytes(model, layout)
     if kv_floor is None:
         kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
+    if not isinstance(kv_floor, int) or kv_floor < 0:
+        raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
     scratch = max((scratch_bytes(s.n, s.k, dtype, device) for s in layout.shapes.values()), default=0)
     kept = (("scratch of stream", scratch),)

@@ -83,7 +83,7 @@ def _beside(path: Path) -> Path | None:
         return None
     stem, dot, suffix = path.name.partition(".json")
     parent = path.absolute().parent
-    beside = (path.with_name(f"{stem}{REFERENCE}{dot}{suffix}"), parent.with_name(parent.name + REFERENCE) / path.name)
+    beside = (path.with_name(f"{stem}{REFERENCE}{dot}{suffix}"), Path(f"{parent}{REFERENCE}") / path.name)
     return next((p for p in beside if dot and p.exists()), None)
 
 

@@ -1,0 +1,5 @@
+"""`python -m twinweight` is the command `twinweight`."""
+
+from twinweight.cli import main
+
+main()
