@@ -151,6 +151,17 @@ def test_nothing_fits_where_the_floor_does_not() -> None:
     assert found["modes"]["off"]["missing_bytes"] > 0
 
 
+def test_what_is_short_is_said_where_weights_alone_are_too_much() -> None:
+    found = plan_model("llama-3.3-70b", Request("RTX 4090", kv_floor=4096))
+    lines, off, hard = found["budget"], found["modes"]["off"], found["modes"]["hard"]
+    needed = sum(lines[key] for key in ("weights", "kept free", "activations", "graphs and libraries", "KV floor"))
+    assert off["missing_bytes"] == needed - lines["total"]
+    assert hard["missing_bytes"] == off["missing_bytes"] + lines["scratch of stream"]
+    for mode, its in (("off", off), ("hard", hard)):
+        assert f"{its['missing_bytes'] / 2**30:.3f} GiB short" in found["verdicts"][mode]
+        assert "use mode soft" not in found["verdicts"][mode]
+
+
 @pytest.mark.parametrize(
     ("options", "floor"),
     [

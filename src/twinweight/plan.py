@@ -155,9 +155,11 @@ class Budget:
         ]
         return "\n".join(f"  {label:<58}{nbytes / GIB:>10.3f} GiB" for label, nbytes in rows)
 
-    def levers(self, wanted: int, more: Sequence[tuple[int, str]] = (), mode: Mode = "hard") -> str:
-        """The three settings that would make room, biggest first. more: others, with the bytes that each could free."""
-        short = wanted - self.for_twins
+    def levers(self, wanted: int, more: Sequence[tuple[int, str]] = (), mode: Mode = "hard", short: int | None = None) -> str:
+        """The three settings that would make room, biggest first. more: others, with the bytes that each could free.
+        short: what is missing, where twins are not the reason.
+        """
+        short = wanted - self.for_twins if short is None else short
         options = [
             *more,
             (self.untouchable, "raise utilization"),

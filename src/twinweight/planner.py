@@ -123,7 +123,7 @@ def _budget(ask: Request, gpu: Gpu, rank: Rank) -> tuple[Budget, int, int]:
     transient = max((transient_bytes(k.n, k.k) for k in rank.weights.values()), default=0)
     total = gpu.memory_bytes
     budget = Budget(
-        total, max(0, total - rank.weight_bytes), ask.utilization, transient, floor * rank.kv_bytes_per_token, kept,
+        total, total - rank.weight_bytes, ask.utilization, transient, floor * rank.kv_bytes_per_token, kept,
         weights=rank.weight_bytes, kv_unknown=ask.kv_floor is None,
     )  # fmt: skip
     return budget, floor, tokens
@@ -140,18 +140,22 @@ def _mode(
     paying = {name: options[kind] for name, kind in rank.weights.items() if options[kind].saved_us > 0}
     wanted = sum(o.nbytes for o in paying.values())
     scratch = dict(budget.reserves)["scratch of stream"] if mode == "off" else 0  # nothing is expanded there
-    starts = budget.weights <= budget.total and budget.kv_bytes(0) + scratch >= budget.kv_floor
+    short = budget.kv_floor - budget.kv_bytes(0) - scratch
+    starts = short <= 0
     says, fits = "", starts
     found = Plan(mode, budget, {}, {})
     halved = (budget.weights + budget.kv_floor + wanted) // 2
-    levers = budget.levers(wanted, [(halved, "twice as many GPUs (--tp)")], mode)
+    others = [(halved, "twice as many GPUs (--tp)")]
+    levers = budget.levers(wanted, others, mode) if starts else budget.levers(0, others, "soft", short)
     try:
         if starts:
             found = plan(rank.weights, budget, offers, workload, mode)
             if found.missed:
                 says = f"{len(found.missed)} of {len(paying)} twins do not fit\n{budget.arithmetic(wanted)}\n{levers}"
         else:
-            says = f"the KV floor does not fit, twins or none\n{budget.arithmetic(wanted)}\n{levers}"
+            only = mode != "off" and short <= dict(budget.reserves)["scratch of stream"]
+            beside = "beside the scratch of stream" if only else "twins or none"
+            says = f"the KV floor does not fit, {beside}\n{budget.arithmetic(0 if mode == 'off' else wanted)}\n{levers}"
     except BudgetError:
         fits = False
         says = f"not all of {len(paying)} twins fit\n{budget.arithmetic(wanted)}\n{levers}"
@@ -160,9 +164,7 @@ def _mode(
     result = {
         "twins": len(found.twins), "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
         "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits,
-        "missing_bytes": (
-            max(0, found.twin_bytes - budget.for_twins) if starts else budget.kv_floor - budget.kv_bytes(0) - scratch
-        ),
+        "missing_bytes": max(0, found.twin_bytes - budget.for_twins) if starts else short,
     }  # fmt: skip
     return result, found, says
 
