@@ -68,6 +68,13 @@ def test_every_shape_is_measured_and_kept(model: Path, tmp_path: Path) -> None:
     json.dumps(result)
 
 
+@pytest.mark.usefixtures("clock")
+def test_what_cannot_be_written_is_not_called_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file" / "cache"))
+    assert tune.tune(model, device="cpu")["cache"] is None
+
+
 def test_regret_is_the_time_chosen_over_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """A route that takes the twin from 4 rows, where it pays from 2."""
     times = measured(int4=[1.0, 2, 4, 8], twin_bfloat16=[2.0, 2, 2, 2])

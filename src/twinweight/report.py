@@ -206,7 +206,7 @@ def tune_routes(shape: dict[str, Any]) -> str:
 
 def tune_closing(result: dict[str, Any]) -> list[str]:
     """What was measured, where it is kept, and what the choices lose."""
-    where = f"kept in {result['cache']}" if result["cache"] else "not kept (TWINWEIGHT_CACHE=off)"
+    where = f"kept in {result['cache']}" if result["cache"] else "not kept"
     shapes = f"{len(result['shapes'])} shape{'s' if len(result['shapes']) != 1 else ''}"
     lines = [f"{result['device']['name']}: {shapes} in {result['seconds']} s, {where}"]
     if "regret" in result:

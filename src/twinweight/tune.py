@@ -49,6 +49,9 @@ def tune(
         step(f"checking {shape.n} x {shape.k}")
         points += check_shape(shape, costs_of(shape, crossovers), workload or Workload.prefill())
     store = crossovers.store
+    timed = [shape for shape in counts if len(crossovers.measured[shape].times) > 1]
+    if store is not None and not all(store.read(shape.key, shape.device) for shape in timed):
+        store = None  # the directory cannot be written, as messages have said
     where = next(iter(counts)).device if counts else torch.device("cpu")
     result: dict[str, Any] = {
         "model": str(model), "device": cache.describe(where), "cache": str(store.directory) if store else None, "seconds":
