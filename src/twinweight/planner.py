@@ -139,7 +139,8 @@ def _mode(
     options = {kind: max(offers[kind].options(workload), key=lambda o: o.saved_us) for kind in set(rank.weights.values())}
     paying = {name: options[kind] for name, kind in rank.weights.items() if options[kind].saved_us > 0}
     wanted = sum(o.nbytes for o in paying.values())
-    scratch = dict(budget.reserves)["scratch of stream"] if mode == "off" else 0  # nothing is expanded there
+    reserved = dict(budget.reserves)["scratch of stream"]
+    scratch = reserved if mode == "off" else 0  # nothing is expanded there
     short = budget.kv_floor - budget.kv_bytes(0) - scratch
     starts = short <= 0
     says, fits = "", starts
@@ -153,8 +154,7 @@ def _mode(
             if found.missed:
                 says = f"{len(found.missed)} of {len(paying)} twins do not fit\n{budget.arithmetic(wanted)}\n{levers}"
         else:
-            only = mode != "off" and short <= dict(budget.reserves)["scratch of stream"]
-            beside = "beside the scratch of stream" if only else "twins or none"
+            beside = "beside the scratch of stream" if mode != "off" and short <= reserved else "twins or none"
             says = f"the KV floor does not fit, {beside}\n{budget.arithmetic(0 if mode == 'off' else wanted)}\n{levers}"
     except BudgetError:
         fits = False
