@@ -35,12 +35,8 @@ from twinweight.weight import Int4Weight
 ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
-AMPERE = {
-    8: [(32, 2, 0, 2), (64, 2, 128, 2), (64, 4, 64, 2), (64, 4, 80, 2), (64, 4, 96, 4), (64, 4, 0, 4), (128, 4, 128, 2),
-        (128, 8, 80, 2)],
-    16: [(32, 2, 0, 2), (32, 2, 96, 2), (64, 4, 80, 2), (64, 4, 96, 2), (64, 4, 128, 4), (128, 4, 128, 2), (128, 4, 168, 2)],
-}  # fmt: skip
-"""(features, warps, registers, depth) of tiles of `ampere.py`."""
+AMPERE = {8: [(64, 72), (64, 80), (64, 96), (64, 128)], 16: [(64, 96), (64, 128), (64, 160), (128, 128)]}
+"""(features, registers) of tiles of `ampere.py` by their rows."""
 
 
 def candidates(m: int, n: int, k: int) -> list[Tiles]:
@@ -59,9 +55,8 @@ def candidates(m: int, n: int, k: int) -> list[Tiles]:
     if m <= 16:
         block_m = 8 if m <= 8 else 16
         sizes = itertools.product(AMPERE[block_m], splits)
-        some = [AmpereTiles(block_m, features, 16, depth, s, warps, regs) for (features, warps, regs, depth), s in sizes]
-        some = [t for t in some if k % (128 * t.depth) == 0 and k >= 256 * t.depth * t.split_k]
-        return [t for t in some if t.split_k == 1 or -(-n // t.block_n) * t.split_k <= 1400]
+        some = [AmpereTiles(block_m, features, 16, 2, split, 4, registers) for (features, registers), split in sizes]
+        return [t for t in some if k >= 512 * t.split_k and (t.split_k == 1 or -(-n // t.block_n) * t.split_k <= 1000)]
     grid = itertools.product([(64, 4), (128, 4)], [3, 4], splits)
     found = [DotTiles(32, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
     return [t for t in found if 66 <= -(-m // t.rows) * -(-n // t.block_n) * t.split_k <= (1200 if t.split_k > 1 else 1 << 30)]

@@ -1,5 +1,7 @@
 """The GPU backend's own part: layouts and column order. Its kernels have their tests beside this file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_every_path_computes_the_same_weight(symmetric: bool, act_order: bool) -
         assert (a is None and b is None) or torch.equal(a, b), name
     assert gpu.weight_bytes(48, 96, 32, act_order, symmetric) == kernel.nbytes
     assert gpu.twin_bytes(48, 96, torch.float16, DEVICE) == twin.untyped_storage().nbytes()
+
+
+def test_scales_that_are_an_odd_view_are_moved() -> None:
+    weight = random_weight(16, 64, 32, torch.bfloat16, True).to(DEVICE)
+    odd = torch.cat((weight.scales.flatten()[:1], weight.scales.flatten()))[1:].view_as(weight.scales)
+    moved = gpu.prepare(replace(weight, scales=odd)).scales
+    assert odd.data_ptr() % 4
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, weight.scales)
 
 
 def test_int4_fused_and_stream_are_three_paths() -> None:

@@ -70,6 +70,28 @@ def _copy_x(smem, x_ptr, offs, inside, FIRST: gl.constexpr, DEPTH: gl.constexpr)
     async_copy.commit_group()
 
 
+@gluon.jit
+def _load_groups(ptr, rows, step, G, GROUP: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
+    """Scales or zero points of DEPTH steps from `step` on, 16 bits each; of two steps, each a group, as one word."""
+    found = ()
+    if DEPTH == 2 and GROUP == COLUMNS:
+        found += (gl.load((ptr + rows * G + step).to(gl.pointer_type(gl.int32), bitcast=True)),)
+    else:
+        for i in gl.static_range(DEPTH):
+            found += (gl.load(ptr + rows * G + group_at(step + i, G, GROUP, COLUMNS, 0)),)
+    return found
+
+
+@gluon.jit
+def _group(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
+    """What `_load_groups` found for step `i`."""
+    if len(found) < DEPTH:
+        value = (found[0] >> (16 * i)).to(gl.int16).to(DTYPE, bitcast=True)
+    else:
+        value = found[i]
+    return value
+
+
 @gluon.jit(do_not_specialize=["M", "split"])
 def ampere_dot_kernel(
     x_ptr,
@@ -146,30 +168,44 @@ def ampere_dot_kernel(
     words = ()
     for i in gl.static_range(DEPTH):
         words += (gl.load(packed_ptr + first * STEP + w_offs + i * STEP),)
+    scales = _load_groups(scales_ptr, rows_n, first, G, GROUP, BLOCK_K, DEPTH)
+    zeros = ()
+    if HAS_ZEROS:
+        zeros = _load_groups(zeros_ptr, zero_n, first, G, GROUP, BLOCK_K, DEPTH)
     _copy_x(x_smem, x_ptr + first * BLOCK_K, x_offs, x_inside, 0, DEPTH)
+    AHEAD: gl.constexpr = BLOCK_N == 16 * WARPS  # twice the rows a warp leave no registers for it
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
     for start in range(first, last, 2 * DEPTH):
         for turn in gl.static_range(2):
-            # Past the last turn x is zeros, and words are those of the last.
+            # Past the last turn x is zeros; words, scales and zero points are those of the last.
             step = start + turn * DEPTH
             ahead = step + DEPTH
             async_copy.wait_group(0)  # this turn's x has arrived; a barrier follows: for all, and all left the turn before
             inside = x_inside & (ahead < last)
             _copy_x(x_smem, x_ptr + ahead * BLOCK_K, x_offs, inside, (turn + 1) % 2 * DEPTH, DEPTH)
-            w_ptrs = packed_ptr + gl.minimum(ahead, last - DEPTH) * STEP + w_offs
+            ahead = gl.minimum(ahead, last - DEPTH)
+            w_ptrs = packed_ptr + ahead * STEP + w_offs
             later = ()
+            if not AHEAD:
+                here = gl.minimum(step, last - DEPTH)
+                scales = _load_groups(scales_ptr, rows_n, here, G, GROUP, BLOCK_K, DEPTH)
+                if HAS_ZEROS:
+                    zeros = _load_groups(zeros_ptr, zero_n, here, G, GROUP, BLOCK_K, DEPTH)
             for i in gl.static_range(DEPTH):
-                g = group_at(step + i, G, GROUP, BLOCK_K, 0)
-                s = gl.load(scales_ptr + rows_n * G + g)
                 b = 0
                 if HAS_ZEROS:
-                    b = biased_zero_pair(gl.load(zeros_ptr + zero_n * G + g), dtype)
+                    b = biased_zero_pair(_group(zeros, i, DEPTH, gl.int16), dtype)
+                s = _group(scales, i, DEPTH, dtype)
                 x = gl.convert_layout(_columns_in_halves(x_smem[turn * DEPTH + i].permute((1, 0)).load(LOAD_X)), RIGHT)
                 w = gl.convert_layout(integer_tile(_in_halves(words[i]), b, dtype, HAS_ZEROS, True), LEFT)
                 sums = mma_v2(w, x, gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS))
                 later += (gl.load(w_ptrs + i * STEP),)
                 acc += sums * s.to(gl.float32)[:, None]
             words = later
+            if AHEAD:
+                scales = _load_groups(scales_ptr, rows_n, ahead, G, GROUP, BLOCK_K, DEPTH)
+                if HAS_ZEROS:
+                    zeros = _load_groups(zeros_ptr, zero_n, ahead, G, GROUP, BLOCK_K, DEPTH)
 
     n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
     m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))

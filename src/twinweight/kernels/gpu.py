@@ -22,7 +22,10 @@ def prepare(weight: Int4Weight) -> KernelWeight:
     n, k = weight.shape
     packed = to_kernel_order(weight.packed, k, perm)
     zeros = weight.zeros.to(torch.int16).contiguous() if weight.zeros is not None else None
-    return KernelWeight(packed, weight.scales.contiguous(), zeros, perm, weight.group_size, n, k)
+    scales = weight.scales.contiguous()
+    if scales.data_ptr() % 16:  # a view: kernels read two scales as one word
+        scales = scales.clone()
+    return KernelWeight(packed, scales, zeros, perm, weight.group_size, n, k)
 
 
 def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weight:

@@ -122,30 +122,57 @@ def decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
     return plain_decode_tiles(m, n, k, group_size, traits, zeros)
 
 
+_AMPERE_SIZES: dict[tuple[bool, bool], tuple[tuple[int, int, tuple[float, ...]], ...]] = {
+    (True, False): (
+        (64, 72, (0.96, 1.63, 2.05, 2.40, 2.86, 3.16, 3.81)),
+        (64, 96, (0.90, 1.45, 1.76, 2.14, 2.60)),
+        (64, 128, (0.93, 1.46, 1.73, 2.10)),
+    ),
+    (True, True): (
+        (64, 72, (0.99, 1.69, 2.15, 2.55, 3.13, 3.44, 4.10)),
+        (64, 80, (1.45, 1.77, 2.05, 2.51, 3.04, 3.40)),
+        (64, 128, (0.97, 1.57, 1.89, 2.27)),
+    ),
+    (False, False): (
+        (64, 96, (1.19, 2.03, 2.59, 3.01, 3.55)),
+        (64, 128, (1.28, 2.03, 2.40, 2.83)),
+        (64, 160, (1.36, 1.94, 2.34)),
+        (128, 128, (2.26, 3.57, 4.23, 5.19)),
+    ),
+    (False, True): (
+        (64, 96, (1.08, 1.97, 2.65, 3.12, 3.75)),
+        (64, 128, (1.24, 1.98, 2.38, 2.90)),
+        (64, 160, (1.29, 1.77, 2.26)),
+    ),
+}
+"""(Up to 8 rows, zero points) -> features and registers of tiles of `ampere.py`, and microseconds of two turns of 256 columns
+where 1, 2, ... programs share a multiprocessor, which holds as many as there are values.
+
+Fitted to 430 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 8 and 16: H200, 26 November 2026
+(`benchmarks/results/h200-tiles.json`), root of the mean square 3 %. They count with each other, not for themselves.
+"""
+
+_TURNS_FILL, _TURNS_SPLIT_US = 0.5, 1.0  # turns to begin and to end with; where K is split
+
+
 def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> AmpereTiles:
-    """Tiles of `ampere.py` for up to 16 rows, K a multiple of 64: as few registers as do, and K split while all programs run at
-    once.
+    """Tiles of `ampere.py` for up to 16 rows, K a multiple of 64: the best by the rounds of programs that they make. K is split
+    while all programs run at once; turns go in pairs.
 
-    Turns go in pairs: of the splits with equally many pairs a part the smallest adds the fewest parts. Up to 8 rows 64
-    registers let 8 programs share a multiprocessor; where 6 hold all, with 80 each they took 1 to 3 % less.
-
-    H200, the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b, M = 1, 8 and 16, 26 November 2026
-    (`benchmarks/results/h200-tiles.json`): 0.3 % slower in the mean than the best of up to 48, 3 % at most; with zero points
-    1.1 and 6 %, without 4096 x 14336, of which 7 parts have not been timed with them.
+    Of what was measured, in another run, 0.3 % slower in the mean than the best of up to 32, 4 % at most.
     """
     words = 16 if k % 128 == 0 and (group_size == k or group_size % 128 == 0) else 8
     steps, sms = k // (8 * words), traits.multiprocessors
     depth = 2 if steps % 2 == 0 else 1
-    if m <= 8:
-        block_m, block_n, registers = 8, 64, 80 if zeros and n <= 384 * sms else 64
-    else:
-        block_m, block_n, registers = (16, 64, 96) if zeros or n * k < 1.5e6 * sms else (16, 128, 128)
-    tiles, turns, at_once = -(-n // block_n), steps // depth, 512 // registers * sms
-    most = max((s for s in (2, 4, 8) if tiles * s <= at_once and turns >= 2 * s), default=1)
-    split = min(range(1, most + 1), key=lambda s: (-(-turns // (2 * s)), s))
-    if m <= 8 and tiles * split <= 512 // 80 * sms:
-        registers = 80
-    return AmpereTiles(block_m, block_n, words, depth, split, num_warps=4, registers=registers)
+    turns, found = steps // depth, []
+    for block_n, registers, pair_us in _AMPERE_SIZES[m <= 8, zeros]:
+        for split in range(1, MOST_PARTS + 1):
+            programs, pairs = -(-n // block_n) * split, -(-turns // (2 * split))
+            if split == 1 or (turns >= 2 * split and programs <= len(pair_us) * sms):
+                us = _rounds_us(programs, pairs, pair_us, sms, _TURNS_FILL) + (_TURNS_SPLIT_US if split > 1 else 0.0)
+                found.append((us, block_n, registers, split))
+    _, block_n, registers, split = min(found)
+    return AmpereTiles(8 if m <= 8 else 16, block_n, words, depth, split, num_warps=4, registers=registers)
 
 
 def plain_decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
@@ -250,23 +277,23 @@ def hopper_candidates(
         slower = (slower if zeros else 1.0) * (1 + _LONG * max(0, k - 8192) if size.block_n == 64 else 1.0)
         step_us = tuple(us * slower for us in alone_us)
         tiles, at_once = -(-m // size.rows) * -(-n // size.block_n), len(step_us) * sms
-        yield _rounds_us(tiles, steps, step_us, sms), size, 1, 0
+        yield _rounds_us(tiles, steps, step_us, sms, _FILL), size, 1, 0
         full = tiles - tiles % at_once
         for whole, parts in itertools.product(sorted({w for w in (0, full - at_once, full) if 0 <= w < tiles}), _SPLITS[1:]):
             programs = (tiles - whole) * parts
             if steps >= 4 * parts and programs <= 4 * at_once:
                 part = 2 * -(-steps // (2 * parts))  # each begins with an even step
-                rounds = _rounds_us(whole, steps, step_us, sms) + _rounds_us(programs, part, step_us, sms)
+                rounds = sum(_rounds_us(*of, step_us, sms, _FILL) for of in ((whole, steps), (programs, part)))
                 summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
                 again = _AGAIN_US * (-(-programs // at_once) - 1)
                 yield rounds + summing + again, size, parts, whole
 
 
-def _rounds_us(programs: int, steps: int, step_us: tuple[float, ...], multiprocessors: int) -> float:
-    """Microseconds of the rounds in which programs of equal length run."""
+def _rounds_us(programs: int, steps: int, step_us: tuple[float, ...], multiprocessors: int, fill: float) -> float:
+    """Microseconds of the rounds in which programs of equal length run, each `fill` steps longer than its own."""
     rounds, left = divmod(programs, len(step_us) * multiprocessors)
     last = step_us[-(-left // multiprocessors) - 1] if left else 0.0
-    return (steps + _FILL) * (rounds * step_us[-1] + last)
+    return (steps + fill) * (rounds * step_us[-1] + last)
 
 
 def expand_tiles(n: int, k: int, group_size: int, traits: DeviceTraits) -> ExpandTiles:
