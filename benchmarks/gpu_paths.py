@@ -1,21 +1,23 @@
 """Every path against the best known times for the same product, on one GPU; resumable in calls of a few minutes.
 
-    python benchmarks/gpu_paths.py OUT.json [--shapes 0:4] [--rows 1 16 512] [--peers marlin,machete] [--budget SECONDS]
+    python benchmarks/gpu_paths.py OUT.json [--shapes 0:4] [--rows 1 16 512] [--peers marlin,machete] [--workers 12]
 
-Shapes are the linears of three models, whole and cut for tensor parallel 2. Times are medians over interleaved replays of CUDA
-graphs that rotate over copies of the weight (a round reads three times the L2), on random data, in microseconds a call, the
-quantization of activations included. Each product is compared with one in fp32 first; what is wrong is named, left out, and
-makes the exit status 1. Adds what is missing to the file: {"environment", "records": [{"model", "n", "k", "m", "dtype",
-"group_size", "symmetric", "path", "time_us"}]}. Paths of ours: int4, fused, twin, stream, expand (M = 0), fp8-exact, fp8-row,
-and chosen, which is what the measured route takes where there is an exact twin; peers: cublas, those of `gpu_peers.py` that are
-installed, and copy (M = 0), which moves as many bytes as expand.
+WORKERS processes compile side by side first. Shapes are the linears of three models, whole and cut for tensor parallel 2. Times
+are medians over interleaved replays of CUDA graphs that rotate over copies of the weight (a round reads three times the L2), on
+random data, in microseconds a call, the quantization of activations included. Each product is compared with one in fp32 first;
+what is wrong is named, left out, and makes the exit status 1. Adds what is missing to the file: {"environment", "records":
+[{"model", "n", "k", "m", "dtype", "group_size", "symmetric", "path", "time_us"}]}. Paths of ours: int4, fused, twin, stream,
+expand (M = 0), fp8-exact, fp8-row, and chosen, which is what the measured route takes where there is an exact twin; peers:
+cublas, those of `gpu_peers.py` that are installed, and copy (M = 0), which moves as many bytes as expand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
 import shlex
 import sys
 import time
@@ -87,10 +89,14 @@ def random_weight(s: Shape, seed: int) -> Int4Weight:
     return Int4Weight(words, scales, zeros, None, GROUP, s.k)
 
 
-def linears(s: Shape, peers: list[str]) -> dict[str, list[Callable[[Tensor], object]]]:
-    """path -> the product on each copy of the weight. Copies differ only where that costs no time to make."""
-    packed = [gpu.prepare(random_weight(s, seed)) for seed in range(copies_of(s.n * s.k // 2))]
-    twins = [gpu.empty_twin(s.n, s.k, s.dtype, packed[0].packed.device) for _ in range(copies_of(s.n * s.k * 2))]
+def linears(s: Shape, peers: list[str], most: int = 32) -> dict[str, list[Callable[[Tensor], object]]]:
+    """path -> the product on each copy of the weight, `most` at most. Copies differ only where that costs no time to make."""
+
+    def copies(nbytes: int) -> int:
+        return min(most, copies_of(nbytes))
+
+    packed = [gpu.prepare(random_weight(s, seed)) for seed in range(copies(s.n * s.k // 2))]
+    twins = [gpu.empty_twin(s.n, s.k, s.dtype, packed[0].packed.device) for _ in range(copies(s.n * s.k * 2))]
     for twin, w in zip(twins, packed, strict=False):
         gpu.expand(w, twin)
     plain = [t.clone(memory_format=torch.contiguous_format) for t in twins]
@@ -101,7 +107,7 @@ def linears(s: Shape, peers: list[str]) -> dict[str, list[Callable[[Tensor], obj
         "stream": [lambda x, w=w: int4_path(Route.STREAM, x, w, None) for w in packed],
         "cublas": [lambda x, t=t: torch.nn.functional.linear(x, t) for t in plain],
     }
-    eights = copies_of(s.n * s.k)
+    eights = copies(s.n * s.k)
     if fp8.supported(packed[0].packed.device):
         rows = [fp8.row_twin(w) for w in packed[:eights]]
         exact = [fp8.exact_twin(w.packed, w.scales, w.zeros, GROUP) for w in packed[:eights]]
@@ -114,6 +120,16 @@ def linears(s: Shape, peers: list[str]) -> dict[str, list[Callable[[Tensor], obj
 
 def wanted(path: str, m: int) -> bool:
     return MANY.get(path, 0) <= m <= FEW.get(path, 1 << 30)
+
+
+def compile_one(s: Shape, rows: tuple[int, ...], peers: list[str]) -> None:
+    """In a worker: one call of every product, which fills the compilers' caches. Errors show when the product is timed."""
+    for path, (product, *_) in linears(s, peers, most=1).items():
+        for m in rows:
+            if wanted(path, m):
+                with contextlib.suppress(Exception):
+                    product(torch.randn(m, s.k, device="cuda").to(s.dtype))
+    torch.cuda.synchronize()
 
 
 def chosen_by_route(s: Shape, products: dict[str, list[Callable[[Tensor], object]]]) -> Callable[[int], str]:
@@ -173,7 +189,7 @@ def measure(
                 del variants[path]
         if choose(m) in variants:
             variants["chosen"] = variants[choose(m)]
-        times = time_calls(variants, max(1, min(16, 2048 // m)), rounds=5 if m <= 2048 else 3)
+        times = time_calls(variants, max(1, min(16, 2048 // m)), rounds=9 if m <= 2048 else 5)
         records += [{**base, "m": m, "path": path, "time_us": round(us, 3)} for path, us in times.items()]
         best = min(times, key=times.__getitem__)
         print(
@@ -203,6 +219,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, nargs="+", default=ROWS)
     p.add_argument("--peers", default=",".join(PEERS), help="names of `gpu_peers.py`, with commas")
     p.add_argument("--budget", type=float, default=540.0, help="seconds after which no further size is begun")
+    p.add_argument("--workers", type=int, default=12, help="processes that compile first; 0: none")
     p.add_argument("--plot", type=Path, help="write a plot here: time against rows by path, a panel a shape of bf16 weights")
     a = p.parse_args()
     begun = time.monotonic()
@@ -218,11 +235,16 @@ def main() -> None:
     }  # fmt: skip
     result["environment"].setdefault("commands", []).append(shlex.join(["python", *sys.argv]))
     print(f"{len(peers)} peers after {time.monotonic() - begun:.0f} s: {result['environment']}", flush=True)
-    for s in shapes()[slice(*map(int, a.shapes.split(":")))]:
+    some, rows = shapes()[slice(*map(int, a.shapes.split(":")))], tuple(a.rows)
+    usable = {s: [n for n in peers if n not in BF16_ONLY or s.dtype == torch.bfloat16] for s in some}
+    if a.workers:
+        with multiprocessing.get_context("spawn").Pool(a.workers) as pool:
+            pool.starmap(compile_one, [(s, rows, usable[s]) for s in some], chunksize=1)
+        print(f"compiled after {time.monotonic() - begun:.0f} s", flush=True)
+    for s in some:
         if time.monotonic() - begun > a.budget:
             break
-        usable = [n for n in peers if n not in BF16_ONLY or s.dtype == torch.bfloat16]
-        found = measure(s, tuple(a.rows), usable, done, lambda: time.monotonic() - begun > a.budget)
+        found = measure(s, rows, usable[s], done, lambda: time.monotonic() - begun > a.budget)
         result["records"] += found
         a.out.write_text(json.dumps(result, indent=0) + "\n")
         torch.cuda.empty_cache()
