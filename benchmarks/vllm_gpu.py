@@ -46,6 +46,12 @@ def write_config(preset: str, out: Path, *, dense: bool, layers: int | None) -> 
     (out / "config.json").write_text(json.dumps(config))
 
 
+def point(text: str) -> tuple[int, int]:
+    """(prompt tokens, requests at once) of "2048x32"."""
+    prompt, requests = text.split("x")
+    return int(prompt), int(requests)
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__)
     cli.add_argument("out", type=Path)
@@ -58,13 +64,11 @@ def main() -> None:
     cli.add_argument("--repeats", type=int, default=3)
     cli.add_argument("--max-model-len", type=int, default=16384)
     cli.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
-    cli.add_argument("--prompts", type=int, nargs="+", help="only these prompt lengths of that part")
-    cli.add_argument("--concurrency", type=int, nargs="+", help="only these numbers of requests at once")
+    cli.add_argument("--points", type=point, nargs="+", help="instead of a part, as PROMPTxREQUESTS: 2048x32 8192x8")
     a = cli.parse_args()
     set_environment()
-    grid = ((prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs)
-    points = tuple((p, c) for p, c in grid if p in (a.prompts or [p]) and c in (a.concurrency or [c]))
-    work = arm.Workload(points, OUTPUT_TOKENS, a.repeats)
+    points = a.points or [(prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs]
+    work = arm.Workload(tuple(points), OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 
     def save(result: dict[str, Any]) -> None:

@@ -157,6 +157,7 @@ def records_of(model: str, mode: str, tp: int, found: list[dict[str, Any]]) -> l
         record: dict[str, Any] = {
             "model": model, "mode": mode, "inner_kernel": found[0]["inner_kernel"], "tp": tp, **_point(point),
             "kv_tokens": arm["kv_tokens"], "startup_s": arm["startup_s"], "twins": arm["twins"],
+            "copies": arm["copies"],
         }  # fmt: skip
         for name in TIMES:
             ms = Timing.of(times[name]).scaled(1e3, 4)
