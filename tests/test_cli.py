@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import twinweight
 from tests.test_synth import tiny
 from twinweight import synth
 
@@ -79,7 +80,15 @@ def test_synth_writes_a_model(tmp_path: Path) -> None:
 
 def test_exit_codes(model: Path, tmp_path: Path) -> None:
     cases = [
-        (("inspect", tmp_path / "none"), {}, 3, "directory"),
+        (("inspect", tmp_path / "none"), {}, 2, "directory"),
+        (("synth", tmp_path / "x", "--like", "qwen3-0.6b", "--group-size", 16), {}, 2, "32, 64, 128"),
+        (("bench", model, "--mode", "off"), {}, 2, "two arms"),
+        (("bench", model, "--rounds", 2), {}, 2, "--rounds"),
+        (("bench", model, "--device", "cpu", "--prompt-tokens", 10**6), {}, 2, "positions"),
+        (("bench", model, "--device", "cpu", "--batch", 10**6), {}, 2, "GiB of memory are free"),
+        (("profile", model, "--device", "cpu", "--out", model / "config.json" / "x"), {}, 2, "cannot write"),
+        (("tune", model, "--device", "cpu"), {"TWINWEIGHT_CACHE": "~no-such-user/x"}, 2, "TWINWEIGHT_CACHE"),
+        (("load-check", model, "--device", "cpu"), {"VLLM_W4A16_PREFILL_BF16": "yes"}, 2, "VLLM_W4A16_PREFILL_BF16"),
         (("synth", tmp_path / "x", "--like", "gpt-9"), {}, 2, "qwen3-0.6b"),
         (("bench", model, "--image", "big"), {}, 2, "WIDTHxHEIGHT"),
         (("bench", model, "--utilization", 3, "--device", "cpu"), {}, 2, "utilization"),
@@ -92,6 +101,31 @@ def test_exit_codes(model: Path, tmp_path: Path) -> None:
         assert done.returncode == code, (args, done.stderr)
         assert word in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_one_message(model: Path) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "twinweight", "inspect", str(model)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout.split()) == (0, ["twinweight", twinweight.__version__])
+
+
+@pytest.mark.parametrize("damage", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"vocab_size": -5}])
+def test_a_damaged_configuration_is_one_message(model: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(model, bad)
+    (bad / "config.json").write_text(json.dumps({**json.loads((bad / "config.json").read_text()), **damage}))
+    done = run("inspect", bad)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "config.json" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_truncated_file_is_one_message(model: Path, tmp_path: Path) -> None:

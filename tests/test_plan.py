@@ -281,3 +281,18 @@ def test_equal_weights_go_in_module_order() -> None:
     found = choose(weights, budget(45), "soft")
     assert list(found.twins) == ["0", "1", "2", "3"]
     assert list(found.missed) == ["4", "5"]
+
+
+def test_calls_in_which_nothing_pays_are_told() -> None:
+    offers, decode = {"only": Timed(100.0, 5.0)}, Workload.of({1: 1.0})
+    for mode in ("soft", "hard"):
+        found = plan({"a": "only"}, budget(400), offers, decode, mode)  # type: ignore[arg-type]
+        assert (found.twins, found.missed, found.refused) == ({}, {}, "no twin saves time in calls of these sizes")
+    assert plan({"a": "only"}, budget(400), offers, decode, "off").refused == ""
+
+
+def test_copies_that_are_left_out_are_not_called_twins() -> None:
+    options = tuple(TwinOption(name, nbytes, us, is_twin) for name, nbytes, us, is_twin in (("t", 40, 9.0, True),))
+    copy = (TwinOption("copy", 10, 5.0, False),)
+    found = choose([TwinCandidate("a", options), TwinCandidate("b", copy)], budget(400), "soft", most=5)
+    assert found.refused.startswith("1 more twin and 1 more int4 copy, ")

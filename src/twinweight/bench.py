@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from twinweight.engines.hf import kv_bytes_per_token
+from twinweight.errors import ConfigError
+from twinweight.memory import read_memory
 from twinweight.paths import Path
 from twinweight.plan import GIB
 from twinweight.timing import Timing
@@ -89,7 +91,9 @@ def bench(
     the twins too, which is what serving the dense weights does.
     Returns {"arms": {"off", "on"}, "ratios", "noise", "environment"}. A ratio above 1 is a gain for `ttft` and `e2e` (off / on)
     and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd ones.
+    Raises ConfigError where the model has no place for so many tokens, or the memory that is free none for their KV cache.
     """
+    _check_room(model, work)
     arms = {"off": _Arm(), "on": _Arm()} | ({"dense": _Arm()} if dense else {})
     began, done = time.perf_counter(), 0
     for repeat in range(-warmup, repeats):
@@ -116,6 +120,25 @@ def bench(
         "routes": routes(model),
         "environment": environment(model),
     }  # fmt: skip
+
+
+def _check_room(model: PreTrainedModel, work: Workload) -> None:
+    prompt = make_inputs(model, work, seed=0)["input_ids"].shape[1]
+    text, tokens = model.config.get_text_config(), prompt + work.output_tokens
+    longest = getattr(text, "max_position_embeddings", None) or tokens
+    if tokens > longest:
+        raise ConfigError(
+            f"{prompt} prompt and {work.output_tokens} output tokens are more than the model's {longest} positions"
+        )
+    widest = max((max(m.in_features, m.out_features) for m in int4_linears(model).values()), default=text.hidden_size)
+    cache = work.batch * tokens * kv_bytes_per_token(model.config, model.dtype)
+    activations = work.batch * prompt * (widest + 2 * text.hidden_size) * 4
+    free = read_memory(model.device).free
+    if cache + activations > free:
+        raise ConfigError(
+            f"{work.batch} x {tokens} tokens need {cache / GIB:.2f} GiB of KV cache and some {activations / GIB:.2f} GiB of "
+            f"activations, and {free / GIB:.2f} GiB of memory are free"
+        )
 
 
 def make_inputs(model: PreTrainedModel, work: Workload, seed: int) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from twinweight.errors import ConfigError
 from twinweight.measured import Measured
 
 log = logging.getLogger("twinweight")
@@ -32,13 +33,25 @@ _FORMAT = 1
 
 
 def default(environ: Mapping[str, str] | None = None) -> Cache | None:
-    """The cache that the environment names; None where it is turned off."""
+    """The cache that the environment names; None where it is turned off, or no directory is there for it.
+
+    Raises ConfigError for a directory below the home of a user whom there is not.
+    """
     environ = os.environ if environ is None else environ
     if given := environ.get(VARIABLE):
-        return None if given.lower() == "off" else Cache(Path(given).expanduser())
+        try:
+            return None if given.lower() == "off" else Cache(Path(given).expanduser())
+        except RuntimeError as error:
+            raise ConfigError(f"{VARIABLE} is {given!r}: {error}") from None
     base = environ.get("XDG_CACHE_HOME")
     # The XDG specification: a path that is not absolute counts as unset.
-    return Cache((Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "twinweight")
+    if base and Path(base).is_absolute():
+        return Cache(Path(base) / "twinweight")
+    try:
+        return Cache(Path.home() / ".cache" / "twinweight")
+    except RuntimeError:  # a user without a home, as in containers
+        log.warning("no home directory to keep measurements in: %s names one for them", VARIABLE)
+        return None
 
 
 @dataclass(frozen=True)

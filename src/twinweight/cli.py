@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from twinweight import errors
+from twinweight import __version__, errors
 from twinweight.commands.bench import bench
 from twinweight.commands.demo import demo
 from twinweight.commands.options import Device, Json, KvFloor, Mode, Model, TwinDtype, Utilization
-from twinweight.commands.output import check_files, write_json
+from twinweight.commands.output import check_files, say, write_json
 from twinweight.commands.plan import plan
 from twinweight.commands.profile import profile
 from twinweight.commands.roofline import roofline
@@ -55,10 +55,24 @@ def main() -> None:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
+    except OSError as error:  # a full disk behind standard output, say; what commands write and read has errors of its own
+        if debug:
+            raise
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(out, f"twinweight {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def root(debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False) -> None:
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="say which this is", callback=_version, is_eager=True)] = False,
+) -> None:
     """`--debug` may stand anywhere; `main` takes it off the line."""
 
 
@@ -82,7 +96,7 @@ def synth(
     asymmetric: Annotated[bool, typer.Option(help="with zero points")] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16")] = "bfloat16",
     format_: Annotated[str, typer.Option("--format", help="compressed-tensors, gptq or awq")] = "compressed-tensors",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a random but valid W4A16 checkpoint of true shapes, for speed work without downloads."""
     from twinweight import presets
@@ -92,10 +106,10 @@ def synth(
         presets.preset(like, layers), out_dir, seed=seed, group_size=group_size, symmetric=not asymmetric,
         dtype=dtype, format=format_,  # type: ignore[arg-type]
     )  # fmt: skip
-    out.print(
+    say(
+        out,
         f"{out_dir}: {written.parameters / 1e9:.2f} B parameters, {written.quantized} int4 weights, "
-        f"{written.nbytes / 2**30:.2f} GiB in {written.shards} files",
-        soft_wrap=True,
+        f"{written.nbytes / 2**30:.2f} GiB in {written.shards} file{'s' if written.shards != 1 else ''}",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from twinweight.errors import ConfigError
 
 MEASURED = "measured"
-"""The name that means: measure the machine at hand (`twinweight.roof`)."""
+"""The name that means: measure the machine at hand (`roofs.roof_by_name`)."""
 
 DTYPES = ("bfloat16", "float16", "fp8", "int8", "tf32", "float32")
 _VENDOR = re.compile(r":.*$|\b(nvidia|geforce|amd|instinct|radeon|tesla|graphics)\b|[^a-z0-9+]")
@@ -48,18 +48,18 @@ class Gpu:
 def gpu(name: str, table: Path | None = None) -> Gpu:
     """A GPU by name or alias, whatever the case, spaces and dashes; vendor names may stand before it ("NVIDIA H200").
 
-    table: a JSON file with more GPUs. "measured" measures the machine at hand, which takes some seconds.
-    Raises ConfigError that names the known ones.
+    table: a JSON file with more GPUs. Raises ConfigError that names the known ones.
     """
-    if _key(name) == MEASURED:
-        from twinweight import roof
-
-        return roof.measure()
     known = load(table)
     for found in known.values():
         if same(found, name):
             return found
     raise ConfigError(f"unknown GPU {name!r}; known: {', '.join(known)}, or {MEASURED!r} for the machine at hand")
+
+
+def means_measured(name: str) -> bool:
+    """Whether a name is `MEASURED`, which is no entry of a table."""
+    return _key(name) == MEASURED
 
 
 def same(found: Gpu, name: str) -> bool:

@@ -33,8 +33,6 @@ saves half of the time is worth little memory, too.
 That is the price of the first byte. Where nobody said how much of the cache is needed (`Budget.kv_unknown`), it rises with the
 square of how much smaller the cache has become: fewer requests fit at once, and a full server takes so many times as long.
 """
-PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
-"""The environment variable this project started from: 1 means mode `soft`."""
 
 
 def check_mode(value: str) -> Mode:
@@ -43,6 +41,10 @@ def check_mode(value: str) -> Mode:
         if value == mode:
             return mode  # type: ignore[no-any-return]
     raise ConfigError(f"mode is {value!r}, expected one of {', '.join(get_args(Mode))}")
+
+
+_NONE_PAYS = "no twin saves time in calls of these sizes"
+_CALLED = {True: ("twin", "twins"), False: ("int4 copy", "int4 copies")}
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
         return Plan(mode, budget, {}, {})
     counts = Counter(weights.values())
     options = {kind: crossovers[kind].options(workload) for kind in counts}
+    if counts and not any(o.saved_us > 0 for found in options.values() for o in found):
+        return Plan(mode, budget, {}, {}, refused=_NONE_PAYS)
     if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = (math.fsum(n * times[kind][i] for kind, n in counts.items()) for i in (0, 1))
         share = f"twins would save {saved / without:.1%} of the linear layers' time in the calls they serve" if saved else ""
@@ -316,8 +320,10 @@ def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode, most
     missed = {name: max(options, key=lambda o: o.saved_us) for name, options in paying if name not in twins}
     if worth < budget.for_twins and missed:
         left = sum(o.nbytes for o in missed.values()) / GIB
+        counted = ((sum(o.is_twin is kind for o in missed.values()), names) for kind, names in _CALLED.items())
+        what = " and ".join(f"{n} more {names[n > 1]}" for n, names in counted if n)
         why = "as much KV cache may be needed: a KV floor says how much is"
-        return Plan(mode, budget, chosen, {}, solution.gap, f"{len(missed)} more twins, {left:.2f} GiB, are left out, {why}")
+        return Plan(mode, budget, chosen, {}, solution.gap, f"{what}, {left:.2f} GiB, are left out, {why}")
     return Plan(mode, budget, chosen, missed, solution.gap)
 
 

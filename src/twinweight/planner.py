@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from twinweight import estimate, gpus, presets, reserves
+from twinweight import estimate, presets, reserves
 from twinweight.checkpoint import read_json
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, TwinweightError
 from twinweight.gpus import Gpu
 from twinweight.plan import Budget, Mode, Plan, plan
+from twinweight.roofs import roof_by_name
 from twinweight.sharding import Kind, Rank, shard
 from twinweight.workload import Workload
 
@@ -66,7 +67,7 @@ def plan_model(model: str, ask: Request) -> dict[str, Any]:
     for key in ("model_type", "num_hidden_layers") if "text_config" not in config else ("model_type",):
         if key not in config:
             raise CheckpointError(file=file, expected=f"{key} (the config.json of a model)", found="none")
-    gpu = gpus.gpu(ask.gpu)
+    gpu = roof_by_name(ask.gpu)
     try:
         rank = shard(config, ask.tp, file)
     except TwinweightError:

@@ -8,13 +8,14 @@ Source: vLLM 0.32 `model_executor/layers/linear.py`, `vocab_parallel_embedding.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
+from twinweight.kv_cache import bytes_per_token, windowed
 
 _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -156,14 +157,24 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
         else:
             other += parameter.numel() * _ITEMSIZE
     size = next((kind.group_size for kind in weights.values()), 128)
-    other += experts // 2 + experts // size * 2
+    expert_bytes = experts // 2 + experts // size * 2
+    other += expert_bytes
+    layers, kinds = int(text["num_hidden_layers"]), text.get("layer_types")
     per_token, total = text.get("num_experts_per_tok") or 0, next((text[key] for key in _EXPERTS if text.get(key)), 1)
     return Rank(
         weights, other, embedding, experts, experts * per_token // total,
-        2 * int(text["num_hidden_layers"]) * own_kv * head_dim * _ITEMSIZE, int(text["num_hidden_layers"]),
+        bytes_per_token(layers, kinds, own_kv, head_dim, _ITEMSIZE), layers,
         int(text["hidden_size"]), heads // tp * head_dim, int(text["vocab_size"]),
-        int(text.get("max_position_embeddings") or 0), assumptions,
+        int(text.get("max_position_embeddings") or 0), (*assumptions, *_notes(expert_bytes, kinds)),
     )  # fmt: skip
+
+
+def _notes(expert_bytes: int, kinds: Sequence[str] | None) -> Iterator[str]:
+    """What a reader of a plan would not expect."""
+    if expert_bytes:
+        yield f"experts have no twin: {expert_bytes / 2**30:.3f} GiB of the weights stay int4, in the engine's own kernels"
+    if few := windowed(kinds):
+        yield f"{few} of {len(kinds or ())} layers keep a window of tokens, but count as if they kept all: more KV tokens fit"
 
 
 def _split(size: int, tp: int, name: str) -> int:

@@ -16,6 +16,7 @@ Shape: TypeAlias = tuple[int, ...]
 Packer: TypeAlias = "Callable[[str, int, int, Recipe], Iterator[Entry]]"
 
 BIAS_STD = 0.02
+GROUP_SIZES = (-1, 32, 64, 128)
 _LOW_BITS = 0x11111111  # the lowest bit of each of the eight nibbles in a word
 _CHUNK = 1 << 18  # words; 1 MiB stays in the cache through all passes over it
 
@@ -34,8 +35,8 @@ class Recipe:
             raise ConfigError(f"unknown format {self.format!r}; known: {', '.join(FORMATS)}")
         if self.dtype not in ("bfloat16", "float16"):
             raise ConfigError(f"dtype {self.dtype!r}: expected bfloat16 or float16")
-        if self.group_size != -1 and (self.group_size < 8 or self.group_size % 8):
-            raise ConfigError(f"group size {self.group_size}: expected a multiple of 8, or -1 for one group a row")
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError(f"group size {self.group_size}: expected 32, 64, 128, or -1 for one group a row")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -150,7 +151,7 @@ def _groups(module: str, k: int, recipe: Recipe) -> int:
     if recipe.group_size == -1:
         return 1
     if k % recipe.group_size:
-        fits = ", ".join(str(g) for g in (-1, 32, 64, 128) if k % g == 0)
+        fits = ", ".join(str(g) for g in GROUP_SIZES if k % g == 0)
         raise ConfigError(f"{module} has {k} input features, no multiple of group size {recipe.group_size} (fit: {fits})")
     return k // recipe.group_size
 

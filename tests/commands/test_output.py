@@ -23,6 +23,7 @@ pytest.importorskip("matplotlib")
 
 __all__ = ["run"]  # a fixture
 
+MODEL = Path(__file__).parent  # nothing reads it
 PLAN = ("plan", "llama-3.2-1b", "--gpu", "rtx4090", "--max-model-len", 8192)
 TRACE = ("roofline", reports.TRACES / "h200-eager-on.json.gz", "--top", 3)
 
@@ -41,7 +42,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
     "arguments",
-    [("bench", "m"), ("bench", "m", "--engine", "vllm"), ("tune", "m"), PLAN, TRACE],
+    [("bench", MODEL), ("bench", MODEL, "--engine", "vllm"), ("tune", MODEL), PLAN, TRACE],
     ids=["bench", "vllm", "tune", "plan", "roofline"],
 )
 def test_a_page_says_the_result_and_the_command(run: Command, tmp_path: Path, arguments: tuple[object, ...]) -> None:
@@ -86,7 +87,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("idle")
-@pytest.mark.parametrize("arguments", [("bench", "m"), ("bench", "m", "--engine", "vllm"), ("tune", "m"), PLAN, TRACE])
+@pytest.mark.parametrize("arguments", [("bench", MODEL), ("bench", MODEL, "--engine", "vllm"), ("tune", MODEL), PLAN, TRACE])
 def test_what_cannot_be_written_is_known_first(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...]
 ) -> None:
@@ -105,7 +106,7 @@ def test_what_cannot_be_written_is_known_first(
 
 @pytest.mark.usefixtures("idle")
 def test_a_plot_of_an_unknown_format_is_known_first(run: Command, tmp_path: Path) -> None:
-    for arguments in (("tune", "m"), PLAN):
+    for arguments in (("tune", MODEL), PLAN):
         code, out, err = run(*arguments, "--plot", tmp_path / "x.doc")
         assert (code, out) == (2, "")
         assert "expected .png, .svg or .pdf" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import transformers
 import twinweight
 from tests.formats import writers
 from tests.helpers import assert_close
-from twinweight import memory, paths, synth, twin, twins
+from twinweight import memory, modes, paths, synth, twin, twins
 from twinweight.crossover import Crossovers, Measured, Shape
 from twinweight.engines import hf
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, UnsupportedError
@@ -264,7 +265,7 @@ def test_running_out_of_memory_keeps_int4(
 
 @pytest.mark.parametrize(
     ("ours", "switch", "mode"),
-    [(None, "1", "soft"), ("off", "1", "off"), ("hard", None, "hard"), (None, None, "soft"), (None, "0", "soft")],
+    [(None, "1", "soft"), ("off", "1", "off"), ("hard", None, "hard"), (None, None, "soft"), (None, "0", "off")],
 )
 def test_the_environment_sets_the_mode(
     ours: str | None, switch: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -273,7 +274,7 @@ def test_the_environment_sets_the_mode(
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
-    assert hf.mode_from_environment() == mode
+    assert modes.from_environment(os.environ) == mode
 
 
 def test_the_twin_dtype_is_the_measured_one(checkpoint: Path) -> None:

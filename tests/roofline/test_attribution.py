@@ -239,6 +239,15 @@ def test_ranks_in_a_directory_are_summed(tmp_path: Path) -> None:
     assert rows(roofline([tmp_path]))["_C::machete_mm", "1x6144x4096", "w4a16", "other"] == (2, 21.0)
 
 
+def test_a_directory_of_profile_is_two_traces(tmp_path: Path) -> None:
+    for name, us in (("on", 5.0), ("off", 10.0), ("off.eager", 30.0)):
+        r = Recorder()
+        linear(r, 1, 6144, 4096, us, path="machete")
+        r.write(tmp_path / f"{name}.json.gz")
+    found = roofline([tmp_path])
+    assert [sum(op["time_us"] for op in found[arm]["ops"]) for arm in ("before", "after")] == [10.0, 5.0]
+
+
 def test_two_streams_and_threads_do_not_mix(tmp_path: Path) -> None:
     """The same times on another thread, with an op around the launch that must not be taken for its parent."""
     r = Recorder()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from twinweight import modes
 from twinweight.commands.options import (
     Device,
     EngineArgs,
@@ -23,6 +25,8 @@ from twinweight.commands.options import (
 )
 from twinweight.commands.output import check_files, stamp, write_html, write_json
 from twinweight.errors import ConfigError
+from twinweight.plan import Mode as ModeName
+from twinweight.plan import check_mode
 
 
 def bench(
@@ -46,23 +50,30 @@ def bench(
 ) -> None:
     """Measure off and on: time to first token, time per output token, memory."""
     prompts = _numbers("--prompt-tokens", prompt_tokens)
+    if engine not in ("hf", "vllm"):
+        raise ConfigError(f"--engine is {engine!r}, expected hf or vllm")
+    chosen = modes.from_environment(os.environ) if mode is None else check_mode(mode)
+    if chosen == "off":
+        raise ConfigError("mode (--mode, TWINWEIGHT_MODE) is off, one of the two arms: expected soft or hard for the other")
     if engine == "vllm":
         if image is not None or batch != 1 or device is not None:
             raise ConfigError("--engine vllm takes --concurrency, and no --batch, --image or --device")
         points = tuple(itertools.product(prompts, _numbers("--concurrency", concurrency)))
         args = {"gpu_memory_utilization": utilization, **json_object("--engine-args", engine_args)}
         check_files(json_file, html=html_file)
-        result = _vllm(model, (points, output_tokens, repeats), mode, twin_dtype, kv_floor, args, rounds)
+        result = _vllm(model, (points, output_tokens, repeats), chosen, twin_dtype, kv_floor, args, rounds)
     else:
-        if engine != "hf" or len(prompts) > 1 or concurrency != "1" or rounds > 1 or engine_args is not None:
-            raise ConfigError("--engine is hf or vllm; hf takes one --prompt-tokens, and --batch for --concurrency")
+        if len(prompts) > 1 or concurrency != "1" or rounds > 1 or engine_args is not None:
+            raise ConfigError(
+                "--engine hf takes one --prompt-tokens, --batch for --concurrency, and no --rounds or --engine-args"
+            )
         from twinweight import bench as benchmark
         from twinweight.engines.hf import load
 
         workload = benchmark.Workload(prompts[0], output_tokens, batch, _size(image))
         check_files(json_file, html=html_file)
         with Console(stderr=True).status("loading") as status:
-            loaded = load(model, mode=mode, twin_dtype=twin_dtype, device=device, utilization=utilization, kv_floor=kv_floor)
+            loaded = load(model, mode=chosen, twin_dtype=twin_dtype, device=device, utilization=utilization, kv_floor=kv_floor)
             result = benchmark.bench(loaded, workload, repeats=repeats, step=lambda text: status.update(f"measuring {text}"))
     _show(stamp(result), json_file, html_file)
 
@@ -80,22 +91,19 @@ def _show(result: dict[str, Any], json_file: Path | None, html_file: Path | None
 def _vllm(
     model: Path,
     work: tuple[tuple[tuple[int, int], ...], int, int],
-    mode: str | None,
+    mode: ModeName,
     twin_dtype: str | None,
     kv_floor: int | None,
     engine_args: dict[str, Any],
     rounds: int,
 ) -> dict[str, Any]:
-    from twinweight.engines.hf import mode_from_environment
     from twinweight.engines.vllm.bench import Workload
     from twinweight.engines.vllm.bench import bench as serve
-    from twinweight.plan import check_mode
     from twinweight.twin import request
 
-    chosen = mode_from_environment() if mode is None else check_mode(mode)
     with Console(stderr=True).status("starting vLLM") as status:
         return serve(
-            model, Workload(*work), mode=chosen, dtype=request(twin_dtype), kv_floor=kv_floor, engine_args=engine_args,
+            model, Workload(*work), mode=mode, dtype=request(twin_dtype), kv_floor=kv_floor, engine_args=engine_args,
             rounds=rounds, step=status.update,
         )  # fmt: skip
 

@@ -10,7 +10,15 @@ import typer
 
 from twinweight.errors import ConfigError
 
-Model = Annotated[Path, typer.Argument(help="local model directory", show_default=False)]
+
+def _directory(path: Path) -> Path:
+    if not path.is_dir():
+        found = "a file" if path.exists() else "none; a model of a hub has to be downloaded first"
+        raise ConfigError(f"{path}: expected a local model directory, found {found}")
+    return path
+
+
+Model = Annotated[Path, typer.Argument(help="local model directory", show_default=False, callback=_directory)]
 Json = Annotated[Path | None, typer.Option("--json", help="write the result here as JSON")]
 Html = Annotated[Path | None, typer.Option("--html", help="write a self-contained page here: summary, plots, tables")]
 EngineArgs = Annotated[str | None, typer.Option(help="vllm: JSON, arguments of vllm.LLM for off and on")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from twinweight.commands.options import Device, EngineArgs, KvFloor, Model, TwinDtype, Utilization, json_object
+from twinweight.commands.output import check_files, say
 from twinweight.errors import ConfigError
 
 
@@ -38,6 +40,7 @@ def profile(
         raise ConfigError(f"--engine is {engine!r}, expected hf or vllm")
     if check_mode(mode) == "off":
         raise ConfigError("--mode is 'off', which is one of the two traces: expected soft or hard for the other")
+    check_files(out / "off.json.gz")
     recipe = Recipe(prompt_tokens, output_tokens, batch)
     dtype = request(twin_dtype)
     with Console(stderr=True).status("loading") as status:
@@ -65,8 +68,8 @@ def profile(
             written = record(loaded, recipe, out, step)
     console = Console()
     for path in written.values():
-        console.print(f"written: {path}", soft_wrap=True)
-    console.print(f"compare: twinweight roofline {' '.join(map(str, written.values()))} --report-by-op", soft_wrap=True)
+        say(console, f"written: {path}")
+    say(console, f"compare: twinweight roofline {shlex.join(map(str, written.values()))} --report-by-op")
 
 
 def _has_gpu() -> bool:

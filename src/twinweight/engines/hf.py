@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from twinweight import formats, twin
+from twinweight import formats, modes, twin
 from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
 from twinweight.engines.head import flatten_head
@@ -28,9 +28,10 @@ from twinweight.formats.fusion import Part
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.kernels.stream import scratch_bytes
+from twinweight.kv_cache import bytes_per_token
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
-from twinweight.plan import PREFILL_SWITCH, Budget, Mode, check_mode
+from twinweight.plan import Budget, check_mode
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
@@ -39,13 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("twinweight")
 
 _KV_FLOOR_TOKENS = 4096
-
-
-def mode_from_environment(default: Mode = "soft") -> Mode:
-    """TWINWEIGHT_MODE, else `soft` where VLLM_W4A16_PREFILL_BF16=1, else the default."""
-    if value := os.environ.get("TWINWEIGHT_MODE"):
-        return check_mode(value)
-    return "soft" if os.environ.get(PREFILL_SWITCH) == "1" else default
 
 
 def load(
@@ -76,8 +70,10 @@ def load(
     Raises CheckpointError or UnsupportedError for a checkpoint that cannot be run, BudgetError where mode "hard" does not
     fit, ConfigError for a bad argument. Nothing half-loaded stays.
     """
-    chosen = mode_from_environment() if mode is None else check_mode(mode)
+    chosen = modes.from_environment(os.environ) if mode is None else check_mode(mode)
     request = twin.request(twin_dtype)
+    if kv_floor is not None and (not isinstance(kv_floor, int) or kv_floor < 0):
+        raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     where = _device(device)
     ckpt, fmt, model = _open(path, where, dtype)
     dtype = model.dtype
@@ -167,6 +163,8 @@ def _config(ckpt: Checkpoint) -> PretrainedConfig:
         raise UnsupportedError(
             file=ckpt.path / "config.json", expected="a model that transformers knows", found=str(error).split("\n")[0]
         ) from error
+    except Exception as error:  # whatever transformers raises for a field that is of another type
+        raise _damaged(ckpt, error) from error
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -197,8 +195,16 @@ def _skeleton(config: PretrainedConfig, dtype: torch.dtype, ckpt: Checkpoint) ->
             expected="architectures: a model of transformers that generates",
             found=architecture or "none",
         )
-    with init_empty_weights(include_buffers=False):
-        return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+    try:
+        with init_empty_weights(include_buffers=False):
+            return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+    except Exception as error:  # whatever a model raises for sizes that do not go together
+        raise _damaged(ckpt, error) from error
+
+
+def _damaged(ckpt: Checkpoint, error: Exception) -> CheckpointError:
+    found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return CheckpointError(file=ckpt.path / "config.json", expected="the configuration of a model", found=found)
 
 
 def _lay_out(
@@ -261,8 +267,6 @@ def _budget(
     dense = _dense_bytes(model, layout)
     if kv_floor is None:
         kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
-    if not isinstance(kv_floor, int) or kv_floor < 0:
-        raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
     scratch = max((scratch_bytes(s.n, s.k, dtype, device) for s in layout.shapes.values()), default=0)
     kept = (("scratch of stream", scratch),)
@@ -276,11 +280,11 @@ def _dense_bytes(model: PreTrainedModel, layout: _Layout) -> int:
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that one token adds to the KV cache: keys and values of every layer, in the activation dtype."""
+    """Bytes that one token adds to the KV cache: keys and values of every layer that keeps them, in the activation dtype."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
+    return bytes_per_token(text.num_hidden_layers, getattr(text, "layer_types", None), heads, head_dim, dtype.itemsize)
 
 
 def _load_int4(

@@ -14,6 +14,7 @@ from twinweight.roofline.comparing import compare
 from twinweight.roofline.ops import KINDS
 from twinweight.roofline.reading import read
 from twinweight.roofline.summary import summarise
+from twinweight.roofs import roof_by_name
 
 PHASES = ("all", "prefill", "decode", "other")
 REFERENCE = ".eager"
@@ -35,8 +36,9 @@ def roofline(
 ) -> dict[str, Any]:
     """Analyse one trace (`summary.summarise`), or two: {"before", "after", "diff"}, the first being before.
 
-    A directory stands for the traces in it, the ranks of one run. gpu: a name of `gpus.gpu`; None takes the one that the trace
-    names, if the table has it. reference: a trace of the same model without graphs; None takes NAME.eager.json(.gz) beside it.
+    A directory stands for the traces in it, the ranks of one run; one that `profile` wrote for the two in it. gpu: a name of
+    `roofs.roof_by_name`; None takes the one that the trace names, if the table has it. reference: a trace of the same model
+    without graphs; None takes NAME.eager.json(.gz) beside it.
     Raises ConfigError for bad settings and TraceError for a file that is no trace.
     """
     if not 1 <= len(traces) <= 2:
@@ -46,7 +48,10 @@ def roofline(
         raise ConfigError(f"--kind is {kind!r}, expected ALL, {', '.join(KINDS)}")
     if phase not in PHASES:
         raise ConfigError(f"--phase is {phase!r}, expected {', '.join(PHASES)}")
-    roof = gpus.gpu(gpu, gpu_table) if gpu is not None else None
+    if gpu_table is not None:
+        gpus.load(gpu_table)  # a bad table is one whether or not a trace needs it
+    roof = roof_by_name(gpu, gpu_table) if gpu is not None else None
+    traces = _profiled(traces[0]) if len(traces) == 1 else traces
     results = []
     for path in traces:
         found = [_attributed(file, reference, progress) for file in files(path)]
@@ -55,6 +60,12 @@ def roofline(
     if len(results) == 1:
         return results[0]
     return {"before": results[0], "after": results[1], "diff": compare(*results)}
+
+
+def _profiled(path: Path) -> list[Path]:
+    """What `profile` wrote into a directory, off before on: files, or of several ranks directories; else the path alone."""
+    arms = [[p for p in (path / name, path / f"{name}.json", path / f"{name}.json.gz") if p.exists()] for name in ("off", "on")]
+    return [found[0] for found in arms] if all(arms) else [path]
 
 
 def files(path: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from twinweight import cache, twin
 from twinweight.errors import ConfigError
-from twinweight.plan import PREFILL_SWITCH, Mode, check_mode
+from twinweight.modes import switched
+from twinweight.plan import Mode, check_mode
 from twinweight.workload import Workload, from_metrics
 
 KEY = "twinweight"
@@ -61,8 +62,8 @@ FIELDS = tuple(f.name for f in fields(Config))
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """The fields that TWINWEIGHT_<FIELD> variables set. Raises ConfigError naming the variable and its value."""
     found: dict[str, Any] = {}
-    if environ.get(PREFILL_SWITCH) == "1":
-        found["mode"] = "soft"
+    if (mode := switched(environ)) is not None:
+        found["mode"] = mode
     for name in FIELDS:
         variable = _PREFIX + name.upper()
         if value := environ.get(variable):

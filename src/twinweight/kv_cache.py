@@ -1,0 +1,26 @@
+"""What a token takes in a KV cache, by the kinds of a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# `layer_types` of a config.json, by transformers 5: what keeps a state instead, or nothing, and what keeps a window.
+_NO_TOKENS = frozenset(("linear_attention", "conv", "mamba", "moe", "dense", "sparse"))
+_WINDOW = frozenset(
+    ("sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding", "reference_sliding_attention")
+)
+
+
+def bytes_per_token(layers: int, kinds: Sequence[str] | None, kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that one token adds: keys and values of every layer that keeps them.
+
+    kinds: of the layers, where the config says (`layer_types`). A layer with a window counts as one without, so that what
+    follows is the least that fits.
+    """
+    keeping = layers if not kinds else sum(kind not in _NO_TOKENS for kind in kinds)
+    return 2 * keeping * kv_heads * head_dim * itemsize
+
+
+def windowed(kinds: Sequence[str] | None) -> int:
+    """Layers that keep the last tokens alone."""
+    return sum(kind in _WINDOW for kind in kinds or ())
