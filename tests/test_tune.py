@@ -119,7 +119,7 @@ def test_the_command(run: Command, model: Path, tmp_path: Path) -> None:
     assert {"geomean", "worst"} == found["regret"].keys()
     assert found["points"]
     code, _, err = run("tune", tmp_path / "nothing")
-    assert code == 3
+    assert code == 2
     assert "model directory" in err
 
 

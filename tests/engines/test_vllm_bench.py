@@ -84,13 +84,13 @@ def test_the_table_fits_80_columns() -> None:
         (["--engine", "vllm", "--prompt-tokens", "0"], "--prompt-tokens is '0', expected whole numbers"),
         (["--engine", "vllm", "--engine-args", "[1]"], "--engine-args is [1], expected an object"),
         (["--engine", "vllm", "--engine-args", "{"], "--engine-args is not JSON"),
-        (["--engine", "vlm"], "--engine is hf or vllm"),
+        (["--engine", "vlm"], "--engine is 'vlm', expected hf or vllm"),
         (["--prompt-tokens", "1,2"], "hf takes one --prompt-tokens"),
-        (["--rounds", "2"], "--engine is hf or vllm"),
+        (["--rounds", "2"], "no --rounds"),
     ],
 )
-def test_bad_arguments_say_what_is_expected(arguments: list[str], message: str) -> None:
-    found = CliRunner().invoke(app, ["bench", "model", *arguments])
+def test_bad_arguments_say_what_is_expected(arguments: list[str], message: str, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["bench", str(tmp_path), *arguments])
     assert isinstance(found.exception, ConfigError)
     assert message in str(found.exception)
 
