@@ -13,6 +13,9 @@ _LIKELY = (7, 8, 15, *range(14, 8, -1), *range(6, 0, -1))
 7 before 8, which would ask for zero points where a group holds nothing but zeros and sevens.
 """
 
+_FIRST = 16
+"""Values of a group that are tried first: a wrong scale fails on these."""
+
 _VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
 """Values worked on at a time: 30 and 240 MiB of temporaries. A GPU waits for the host after each pass."""
 
@@ -53,8 +56,7 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
 
 def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:
     """Fill steps [R, g] and scales [R] of some groups; False where one is not found."""
-    exact = v.float()
-    largest = exact.abs().amax(1)
+    largest = v.abs().amax(1).float()
     scales.fill_(1)
     steps.zero_()
     open_ = largest > 0
@@ -64,15 +66,21 @@ def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:
             at = open_.nonzero().squeeze(1)
             if not len(at):
                 return True
-            step = s[at].float()
-            d = (exact[at] / step[:, None]).round_()
-            fits = ((d * step[:, None]).to(v.dtype) == v[at]).all(1) & (step > 0)
+            at = at[_multiples(v[at, :_FIRST], s[at])[1]]
+            d, fits = _multiples(v[at], s[at])
             fits &= (d.amax(1) - d.amin(1).clamp(max=0)).le(_STEPS) & d.amin(1).ge(-_STEPS)
             found = at[fits]
             steps[found] = d[fits].to(torch.int8)
             scales[found] = s[found]
             open_[found] = False
     return not bool(open_.any())
+
+
+def _multiples(v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest multiples of s [R] to v [R, g], in fp32, and the rows all of which s gives back exactly."""
+    step = s.float()[:, None]
+    d = (v / step).round_()
+    return d, ((d * step).to(v.dtype) == v).all(1) & (s > 0)
 
 
 def _neighbour(s: Tensor, step: int) -> Tensor:
