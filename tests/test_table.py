@@ -14,8 +14,8 @@ from twinweight.roofline.tables import render
 from twinweight.table import Report, Table
 
 
-def printed(shown: Any) -> str:
-    console = Console(width=80, record=True, color_system=None)
+def printed(shown: Any, width: int = 80) -> str:
+    console = Console(width=width, record=True, color_system=None)
     console.print(shown)
     return console.export_text()
 
@@ -56,6 +56,16 @@ def test_nothing_is_cut_at_80_columns(shown: Report) -> None:
             assert any(line.split()[-len(cells) :] == cells for line in lines), row  # so are a row's figures
 
 
+@pytest.mark.parametrize("width", [30, 60])
+def test_where_columns_do_not_fit_each_row_is_a_list(width: int) -> None:
+    text = printed(plan_table(reports.plan()), width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    modes = next(part for part in plan_table(reports.plan()).parts if isinstance(part, Table) and part.columns[0] == "mode")
+    for name, *cells in modes.rows:
+        found = text[text.index(f"\n{name}") :].split("\n")[2 : 2 + len(cells)]
+        assert [line.strip() for line in found] == [f"{c}: {cell}" for c, cell in zip(modes.columns[1:], cells, strict=True)]
+
+
 def test_alignment() -> None:
     names = Table("", ("name", "x", "why"), (("a", "1", "slow"), ("1", "20", "fast")), left=("why",))
     assert [names.aligned(i) for i in range(3)] == ["left", "right", "left"]
@@ -73,5 +83,5 @@ def test_the_fastest_is_marked() -> None:
     shape = tune_table(reports.tune()).parts[0]
     assert isinstance(shape, Table)
     assert shape.columns == ("M", "int4", "stream", "twin bf16", "twin fp32")
-    assert shape.rows[0] == ("1", "* 224.6", "11,522", "1,205", "2,932")
+    assert shape.rows[0] == ("1", "* 444.1", "18,100", "2,319", "3,259")
     assert all(sum(cell.startswith("* ") for cell in row) == 1 for row in shape.rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # `layer_types` of a config.json, by transformers 5: what keeps a state instead, or nothing, and what keeps a window.
-_NO_TOKENS = frozenset(("linear_attention", "conv", "mamba", "moe", "dense", "sparse"))
+_STATE = frozenset(("linear_attention", "conv", "mamba"))
+_NO_TOKENS = _STATE | {"moe", "dense", "sparse"}
 _WINDOW = frozenset(
     ("sliding_attention", "chunked_attention", "window_attention", "hybrid_sliding", "reference_sliding_attention")
 )
@@ -19,6 +20,11 @@ def bytes_per_token(layers: int, kinds: Sequence[str] | None, kv_heads: int, hea
     """
     keeping = layers if not kinds else sum(kind not in _NO_TOKENS for kind in kinds)
     return 2 * keeping * kv_heads * head_dim * itemsize
+
+
+def stateful(kinds: Sequence[str] | None) -> int:
+    """Layers that keep a state a sequence in place of tokens."""
+    return sum(kind in _STATE for kind in kinds or ())
 
 
 def windowed(kinds: Sequence[str] | None) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
-from twinweight.kv_cache import bytes_per_token, windowed
+from twinweight.kv_cache import bytes_per_token, stateful, windowed
 
 _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -173,6 +173,8 @@ def _notes(expert_bytes: int, kinds: Sequence[str] | None) -> Iterator[str]:
     """What a reader of a plan would not expect."""
     if expert_bytes:
         yield f"experts have no twin: {expert_bytes / 2**30:.3f} GiB of the weights stay int4, in the engine's own kernels"
+    if some := stateful(kinds):
+        yield f"{some} of {len(kinds or ())} layers keep a state a sequence in place of tokens; these states are not counted"
     if few := windowed(kinds):
         yield f"{few} of {len(kinds or ())} layers keep a window of tokens, but count as if they kept all: more KV tokens fit"
 
