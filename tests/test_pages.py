@@ -80,7 +80,7 @@ def test_vllm() -> None:
 def test_tune() -> None:
     result = reports.tune()
     assert pages.tune_summary(result) == (
-        "On AMD EPYC a twin pays on 4 of 4 shapes, from 13 rows; at 512 rows it is 1.59x to 1.70x as fast as the best path "
+        "On AMD EPYC a twin pays on 4 of 4 shapes, from 9 rows; at 512 rows it is 1.35x to 1.60x as fast as the best path "
         "without one."
     )
     for shape in result["shapes"]:
