@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -123,7 +123,7 @@ def bench(
 
 
 def _check_room(model: PreTrainedModel, work: Workload) -> None:
-    prompt = make_inputs(model, work, seed=0)["input_ids"].shape[1]
+    prompt = make_inputs(model, replace(work, batch=1), seed=0)["input_ids"].shape[1]
     text, tokens = model.config.get_text_config(), prompt + work.output_tokens
     longest = getattr(text, "max_position_embeddings", None) or tokens
     if tokens > longest:

@@ -148,8 +148,9 @@ _AMPERE_SIZES: dict[tuple[bool, bool], tuple[tuple[int, int, tuple[float, ...]],
 """(Up to 8 rows, zero points) -> features and registers of tiles of `ampere.py`, and microseconds of two turns of 256 columns
 where 1, 2, ... programs share a multiprocessor, which holds as many as there are values.
 
-Fitted to 430 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 8 and 16: H200, 26 November 2026
-(`benchmarks/results/h200-tiles.json`), root of the mean square 3 %. They count with each other, not for themselves.
+Fitted to 420 times of the linears of llama-3.1-8b, qwen3-32b and llama-3.3-70b at M = 8 and 16, those near the best counting
+most: H200, 26 November 2026 (`benchmarks/results/h200-int4-variants.json`), root of the mean square 2 to 4 %. They count with
+each other, not for themselves.
 """
 
 _TURNS_FILL, _TURNS_SPLIT_US = 0.5, 1.0  # turns to begin and to end with; where K is split
@@ -159,7 +160,8 @@ def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
     """Tiles of `ampere.py` for up to 16 rows, K a multiple of 64: the best by the rounds of programs that they make. K is split
     while all programs run at once; turns go in pairs.
 
-    Of what was measured, in another run, 0.3 % slower in the mean than the best of up to 32, 4 % at most.
+    Of what another run measured (`benchmarks/results/h200-tiles.json`) 0.3 % slower in the mean than the best of up to 32, and
+    4 % at most.
     """
     words = 16 if k % 128 == 0 and (group_size == k or group_size % 128 == 0) else 8
     steps, sms = k // (8 * words), traits.multiprocessors
