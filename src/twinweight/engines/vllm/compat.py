@@ -379,6 +379,12 @@ def version() -> str:
     return str(vllm.__version__)
 
 
+def cpu_heads(worker: Any) -> list[Any]:
+    """Dense output heads on CPUs; their product, `cpu_linear(x, weight, bias)`, is an attribute."""
+    modules = worker.model_runner.get_model().modules()
+    return [m for m in modules if type(m).__name__ == "ParallelLMHead" and hasattr(m, "cpu_linear")]
+
+
 def draft_rows(worker: Any) -> int:
     """Rows of one sequence in a decode step: 1, and one more for each speculated token."""
     speculative = worker.vllm_config.speculative_config

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from twinweight import cache, paths
-from twinweight.engines.vllm import build, compat, measure, metrics, own
+from twinweight.engines.vllm import build, compat, heads, measure, metrics, own
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
@@ -70,6 +70,7 @@ class Life:
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
             self.plan = self._plan()
             self._build()
+            heads.quicken(compat.cpu_heads(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
         return result
 
@@ -299,6 +300,7 @@ class Life:
         result = method(*args, **kwargs)
         if not self.asleep:
             self._refill()
+            heads.quicken(compat.cpu_heads(self.worker))
         return result
 
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,48 @@
+"""One row times a large dense weight on a CPU, where torch's own product reads memory faster than oneDNN's.
+
+128256 x 4096 in bf16 on two cores of an EPYC with AVX512_BF16, torch 2.13: 31 ms, in which a maximum over the weight takes as
+long; 52 by oneDNN, and 45 by oneDNN on a packed weight, as vLLM has it. From two rows on oneDNN is ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from twinweight.plan import MARGIN
+from twinweight.timing import Timing, interleaved
+
+LARGE = 64 << 20
+"""Bytes of a weight from which the choice is worth a measurement; smaller ones may lie in a cache."""
+
+_REPEATS = 4
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [1, K] @ weight [N, K].T without oneDNN: sums in fp32, rounded once.
+
+    The switch is torch's, for the whole process: what other threads multiply meanwhile goes without oneDNN too.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        return torch.nn.functional.linear(x, weight)
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+@torch.inference_mode()
+def times(weight: Tensor, other: Callable[[Tensor], Tensor]) -> tuple[Timing, Timing] | None:
+    """What a row takes by `linear` and by `other`; None for a weight that is not chosen for: on a GPU, of 32 bits, small."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or weight.nbytes < LARGE:
+        return None
+    x = torch.randn(1, weight.shape[1]).to(weight.dtype)
+    found = interleaved({"ours": lambda: linear(x, weight), "other": lambda: other(x)}, device=x.device, repeats=_REPEATS)
+    return found["ours"], found["other"]
+
+
+def wins(ours: Timing, other: Timing) -> bool:
+    """Whether the first is faster by more than the measurement's noise."""
+    return ours.median * (1 + MARGIN) < other.min

@@ -1,0 +1,94 @@
+"""A dense product of one row without oneDNN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.helpers import assert_close
+from twinweight import one_row
+from twinweight.engines.head import OutputHead
+from twinweight.engines.vllm.heads import quicken
+from twinweight.timing import Timing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_the_product_and_leaves_the_switch_alone(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(1, 96).to(dtype), torch.randn(64, 96).to(dtype)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled):
+            y = one_row.linear(x, weight)
+            assert torch.backends.mkldnn.enabled is enabled
+    assert_close(y, (x.double() @ weight.double().t()).to(dtype), max_err=1e-2)
+
+
+def test_one_dnn_is_off_in_it_and_on_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def failing(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(bool(torch.backends.mkldnn.enabled))
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(nn.functional, "linear", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        one_row.linear(torch.zeros(1, 8), torch.zeros(8, 8))
+    assert (seen, bool(torch.backends.mkldnn.enabled)) == ([False], True)
+
+
+def test_only_large_weights_of_16_bits_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+
+    def other(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x
+
+    assert one_row.times(torch.zeros(64, 32, dtype=torch.bfloat16), other) is None
+    monkeypatch.setattr(one_row, "LARGE", 1)
+    assert one_row.times(torch.zeros(64, 32), other) is None
+    assert not calls
+    assert one_row.times(torch.zeros(64, 32, dtype=torch.bfloat16), other) is not None
+    assert {tuple(x.shape) for x in calls} == {(1, 32)}
+
+
+@pytest.mark.parametrize(("ours", "other", "expected"), [((1.0, 0.9), (2.0, 1.9), True), ((1.0, 0.5), (1.1, 1.01), False)])
+def test_noise_does_not_choose(ours: tuple[float, float], other: tuple[float, float], expected: bool) -> None:
+    assert one_row.wins(Timing(*ours, 3.0), Timing(*other, 3.0)) is expected
+
+
+class Head:
+    """A head of vLLM's on a CPU."""
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(64, 32).bfloat16()
+        self.seen: list[int] = []
+        self.cpu_linear = self.product
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.seen.append(len(x))
+        return nn.functional.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_head_takes_a_single_row_alone_where_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = (Timing(1.0, 1.0, 1.0), Timing(2.0, 2.0, 2.0))
+    monkeypatch.setattr(one_row, "times", lambda weight, other: timed if faster else timed[::-1])
+    alone: list[int] = []
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        alone.append(len(x))
+        return nn.functional.linear(x, weight)
+
+    monkeypatch.setattr(one_row, "linear", linear)
+    head, ours = Head(), OutputHead(32, 64, bias=False).bfloat16()
+    quicken([head])
+    first = head.cpu_linear
+    quicken([head])  # again after a reload that left it
+    assert head.cpu_linear == first
+    ours.choose()
+    for rows in (1, 3):
+        x = torch.randn(rows, 32).bfloat16()
+        assert torch.equal(head.cpu_linear(x, head.weight, None), nn.functional.linear(x, head.weight))
+        assert torch.equal(ours(x), nn.functional.linear(x, ours.weight))
+    assert head.seen == ([3] if faster else [1, 3])
+    assert alone == ([1, 1] if faster else [])
