@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.helpers import assert_close
 from twinweight import one_row
 from twinweight.engines.head import OutputHead
-from twinweight.engines.vllm.heads import quicken
+from twinweight.engines.vllm.heads import chosen, quicken
 from twinweight.timing import Timing
 
 
@@ -85,6 +85,7 @@ def test_a_head_takes_a_single_row_alone_where_that_is_faster(faster: bool, monk
     first = head.cpu_linear
     quicken([head])  # again after a reload that left it
     assert head.cpu_linear == first
+    assert chosen([head]) == [faster]
     ours.choose()
     for rows in (1, 3):
         x = torch.randn(rows, 32).bfloat16()

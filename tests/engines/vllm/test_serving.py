@@ -34,6 +34,10 @@ def test_off_after_on_is_off_again() -> None:
     assert "winweight" not in off["log"].replace(str(ROOT), "")
 
 
+def test_a_small_output_head_is_found_and_stays_vllms() -> None:
+    assert result(ON_RUN)["reports"][0][0]["heads"] == [False]
+
+
 def test_decode_runs_the_inner_kernel() -> None:
     layers, alone = linears(TRAINED), calls(ON_RUN, 1)
     assert alone.pop("int4@1") == layers * (TOKENS - 1)

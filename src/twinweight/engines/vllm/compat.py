@@ -381,8 +381,8 @@ def version() -> str:
 
 def cpu_heads(worker: Any) -> list[Any]:
     """Dense output heads on CPUs; their product, `cpu_linear(x, weight, bias)`, is an attribute."""
-    modules = worker.model_runner.get_model().modules()
-    return [m for m in modules if type(m).__name__ == "ParallelLMHead" and hasattr(m, "cpu_linear")]
+    named = worker.model_runner.get_model().named_modules(remove_duplicate=False)  # a tied one is an embedding, too
+    return [m for name, m in named if name.rpartition(".")[2] == "lm_head" and hasattr(m, "cpu_linear")]
 
 
 def draft_rows(worker: Any) -> int:

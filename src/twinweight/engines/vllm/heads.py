@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinweight import one_row
 
-log = logging.getLogger("twinweight")
+log = logging.getLogger("vllm.twinweight")
 
 
 def quicken(heads: list[Any]) -> None:
@@ -26,6 +26,11 @@ def quicken(heads: list[Any]) -> None:
             head.cpu_linear = _Chosen(theirs)
             ours, before = (f"{t.median * 1e3:.1f} ms" for t in found)
             log.info("Twinweight: a row of the output head %s in %s, in place of %s", list(head.weight.shape), ours, before)
+
+
+def chosen(heads: list[Any]) -> list[bool]:
+    """Which of them take a single row without oneDNN."""
+    return [isinstance(head.cpu_linear, _Chosen) for head in heads]
 
 
 class _Chosen:

@@ -342,7 +342,7 @@ class Life:
 
     def report(self, check: bool = False) -> str:
         """JSON: twins by name (dtype, address, with `check` whether it is exact), own copies, calls by path, inner kernels,
-        routes.
+        routes, output heads on CPUs (whether a single row goes without oneDNN).
         """
         with compat.forward_context(self.worker):
             twins = {
@@ -358,7 +358,7 @@ class Life:
         inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
         return json.dumps({
             "twins": twins, "copies": self._counts()[1], "bytes": self.status()["bytes"], "calls": calls, "inner": inner,
-            "routes": self.routes(), "kv_floor": self.floor.tokens,
+            "routes": self.routes(), "kv_floor": self.floor.tokens, "heads": heads.chosen(compat.cpu_heads(self.worker)),
         })  # fmt: skip
 
 
