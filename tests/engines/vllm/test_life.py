@@ -45,7 +45,7 @@ def life(mode: Mode = "soft", fixed: int | None = None) -> Life:
     """Three twins of 1, 2 and 4 MiB, the first the most valuable, and a KV floor of 10 MiB."""
     worker = SimpleNamespace(
         device="cpu",
-        model_runner=SimpleNamespace(model_memory_usage=100 * MIB),
+        model_runner=SimpleNamespace(model_memory_usage=100 * MIB, get_model=torch.nn.Module),
         available_kv_cache_memory_bytes=0,
         vllm_config=SimpleNamespace(cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed), instance_id="test"),
     )
