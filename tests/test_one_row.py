@@ -47,8 +47,10 @@ def test_only_large_weights_of_16_bits_are_timed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(one_row, "LARGE", 1)
     assert one_row.times(torch.zeros(64, 32), other) is None
     assert not calls
-    assert one_row.times(torch.zeros(64, 32, dtype=torch.bfloat16), other) is not None
+    weight = torch.randn(64, 32).bfloat16()
+    assert one_row.times(weight, lambda x: other(x) @ weight.t()) is not None
     assert {tuple(x.shape) for x in calls} == {(1, 32)}
+    assert one_row.times(weight, lambda x: x @ weight.flip(0).t()) is None
 
 
 @pytest.mark.parametrize(("ours", "other", "expected"), [((1.0, 0.9), (2.0, 1.9), True), ((1.0, 0.5), (1.1, 1.01), False)])

@@ -18,6 +18,7 @@ LARGE = 64 << 20
 """Bytes of a weight from which the choice is worth a measurement; smaller ones may lie in a cache."""
 
 _REPEATS = 4
+_SAME = 1e-2  # share of a product's norm by which two roundings of it differ at most
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -35,10 +36,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def times(weight: Tensor, other: Callable[[Tensor], Tensor]) -> tuple[Timing, Timing] | None:
-    """What a row takes by `linear` and by `other`; None for a weight that is not chosen for: on a GPU, of 32 bits, small."""
+    """What a row takes by `linear` and by `other`; None for a weight that is not chosen for: on a GPU, of 32 bits, small, or
+    not the one that `other` multiplies with.
+    """
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or weight.nbytes < LARGE:
         return None
     x = torch.randn(1, weight.shape[1]).to(weight.dtype)
+    theirs = other(x)
+    if not (linear(x, weight) - theirs).norm() <= _SAME * theirs.norm():
+        return None
     found = interleaved({"ours": lambda: linear(x, weight), "other": lambda: other(x)}, device=x.device, repeats=_REPEATS)
     return found["ours"], found["other"]
 
