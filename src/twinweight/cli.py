@@ -50,16 +50,11 @@ def main() -> None:
     )
     try:
         app(args)
-    except errors.TwinweightError as error:
+    except (errors.TwinweightError, OSError) as error:  # OSError: a full disk behind standard output, say
         if debug:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(next(code for kind, code in EXIT_CODES if isinstance(error, kind)))
-    except OSError as error:  # a full disk behind standard output, say; what commands write and read has errors of its own
-        if debug:
-            raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1))
 
 
 def _version(wanted: bool) -> None:

@@ -12,14 +12,14 @@ PREFILL_SWITCH = "VLLM_W4A16_PREFILL_BF16"
 """The variable this project started from: 1 means mode `soft`, 0 `off`."""
 
 
-def from_environment(environ: Mapping[str, str], default: Mode = "soft") -> Mode:
-    """`VARIABLE`, else what `PREFILL_SWITCH` says, else the default. Raises ConfigError naming the variable and its value."""
+def from_environment(environ: Mapping[str, str]) -> Mode:
+    """`VARIABLE`, else what `PREFILL_SWITCH` says, else `soft`. Raises ConfigError naming the variable and its value."""
     if value := environ.get(VARIABLE):
         try:
             return check_mode(value)
         except ConfigError as error:
             raise ConfigError(f"{VARIABLE}: {error}") from None
-    return switched(environ) or default
+    return switched(environ) or "soft"
 
 
 def switched(environ: Mapping[str, str]) -> Mode | None:

@@ -226,9 +226,9 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
         return Plan(mode, budget, {}, {}, refused=_NONE_PAYS)
     if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = (math.fsum(n * times[kind][i] for kind, n in counts.items()) for i in (0, 1))
-        share = f"twins would save {saved / without:.1%} of the linear layers' time in the calls they serve" if saved else ""
+        share = f"twins would save {saved / without:.1%} of the linear layers' time in the calls they serve"
         if saved < MARGIN * without:
-            return Plan(mode, budget, {}, {}, refused=share and f"{share}, less than {MARGIN:.0%}")
+            return Plan(mode, budget, {}, {}, refused=f"{share}, less than {MARGIN:.0%}")
         if mode == "soft":
             wanted = sum(n * max((o.nbytes for o in options[kind] if o.saved_us > 0), default=0) for kind, n in counts.items())
             room = max(1, wanted, budget.kv_bytes(0))

@@ -285,7 +285,7 @@ def hopper_candidates(
             programs = (tiles - whole) * parts
             if steps >= 4 * parts and programs <= 4 * at_once:
                 part = 2 * -(-steps // (2 * parts))  # each begins with an even step
-                rounds = sum(_rounds_us(*of, step_us, sms, _FILL) for of in ((whole, steps), (programs, part)))
+                rounds = _rounds_us(whole, steps, step_us, sms, _FILL) + _rounds_us(programs, part, step_us, sms, _FILL)
                 summing = _SPLIT_US + _PART_US * 4 * size.rows * size.block_n * (parts + programs / sms)
                 again = _AGAIN_US * (-(-programs // at_once) - 1)
                 yield rounds + summing + again, size, parts, whole
