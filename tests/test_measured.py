@@ -102,19 +102,35 @@ def test_times_are_interpolated_by_powers_and_grow_with_rows_beyond(m: int, expe
 @pytest.mark.parametrize(
     ("route", "least", "expected"),
     [
-        (Route((0, 4), (Path.INT4, Path.TWIN)), 0, Route((0, 4), (Path.INT4, Path.TWIN))),
-        (Route((0, 4), (Path.INT4, Path.TWIN)), 6, Route((0, 6), (Path.INT4, Path.TWIN))),
-        (Route((0, 4), (Path.INT4, Path.TWIN)), 4, Route((0, 4), (Path.INT4, Path.TWIN))),
-        (Route((0,), (Path.TWIN,)), 3, Route((0, 3), (Path.INT4, Path.TWIN))),
-        (Route((0,), (Path.INT4,)), 3, Route((0,), (Path.INT4,))),
-        (
-            Route((0, 2, 5), (Path.INT4, Path.FUSED, Path.TWIN)), 3,
-            Route((0, 3, 5), (Path.INT4, Path.FUSED, Path.TWIN)),
-        ),
+        ("int4@0 twin@4", 0, "int4@0 twin@4"),
+        ("int4@0 twin@4", 6, "int4@0 twin@6"),
+        ("int4@0 twin@4", 4, "int4@0 twin@4"),
+        ("twin@0", 3, "int4@0 twin@3"),
+        ("int4@0", 3, "int4@0"),
+        ("int4@0 fused@2 twin@5", 3, "int4@0 fused@3 twin@5"),
+        ("int4@0 own@2 fused@3 int4@9", 6, "int4@0 own@2 fused@6 int4@9"),
+        ("int4@0 own@2 fused@3 int4@9", 10, "int4@0 own@2 int4@9"),
+        ("own@0 twin@4", 6, "own@0 twin@6"),
+        ("own@0 fused@3 twin@4", 5, "own@0 twin@5"),
     ],
-)  # fmt: skip
-def test_drafted_rows_stay_on_int4(route: Route, least: int, expected: Route) -> None:
-    assert held(route, least) == expected
+)
+def test_drafted_rows_stay_on_decode_kernels(route: str, least: int, expected: str) -> None:
+    def pieces(text: str) -> tuple[tuple[int, str], ...]:
+        return tuple((int(start), choice) for choice, _, start in (part.partition("@") for part in text.split()))
+
+    assert held(pieces(route), least, ["int4", "own"]) == pieces(expected)
+
+
+def test_a_path_may_come_again_under_the_name_that_its_form_gives_it() -> None:
+    """As on Hopper: our copy decodes faster, vLLM's kernel is ahead at one size in the middle."""
+    found = measured(int4=[4, 4, 4, 8, 9, 40], own=[3, 3, 5, 9, 20, 60], fused=[9, 9, 3, 5, 12, 14], twin_bfloat16=[9] * 6)
+    order = {"int4": Path.INNER, "own": Path.INT4, "fused": Path.FUSED}
+    form = Form("own", 10, (*order, "int4", "twin:bfloat16"), (*order.values(), Path.INNER, Path.TWIN), is_twin=False)
+    offer = Costs(found, Form("none", 0, ("int4",)), (form,), found.n)
+    assert str(offer.route(form)) == "int4 from M=1, fused from M=4, inner from M=16, twin from M=32"
+    assert offer.options(Workload.of({1: 1, 4: 1}))[0].saved_us == pytest.approx(1e6)
+    drafting = Costs(found, offer.base, (form,), found.n, least=6)
+    assert str(drafting.route(form)) == "int4 from M=1, fused from M=6, inner from M=16, twin from M=32"
 
 
 def costs(least: int = 0) -> Costs:
@@ -156,13 +172,6 @@ def test_gains_are_those_of_the_best_form_that_pays() -> None:
 def test_a_twin_saves_nothing_below_the_rows_it_serves() -> None:
     assert costs(least=8).options(Workload.prefill(4))[0].saved_us == 0
     assert costs(least=8).options(Workload.prefill(8))[0].saved_us == pytest.approx(10.0)
-
-
-def test_names_that_say_no_path_get_one() -> None:
-    found = measured(inner=[1, 2, 4, 8], ours=[0.5, 1, 5, 9], stream=[5, 5, 5, 5])
-    assert found.route(["ours", "inner", "stream"], [Path.INT4, Path.FUSED, Path.STREAM]) == Route(
-        (0, 4, 8), (Path.INT4, Path.FUSED, Path.STREAM)
-    )
 
 
 def test_json_and_back() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +14,7 @@ import torch
 
 from twinweight import cache, twin
 from twinweight.kernels import backend_for, int4_path, int8
+from twinweight.kernels.launch import compiled_together
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.measured import Measured
 from twinweight.paths import Path
@@ -137,7 +138,18 @@ def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ())
     n = shape.n
     if shape.device.type == "cpu":
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
-    return time_variants(variants(shape, n, names), shape.k, n, shape.dtype, shape.device)
+    calls = variants(shape, n, names)
+    compile_first(calls.values(), shape.k, shape.dtype, shape.device)
+    return time_variants(calls, shape.k, n, shape.dtype, shape.device)
+
+
+def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile our kernels for all rows of the device's grid at once; on a CPU there are none. Tiles depend on rows."""
+    if device.type == "cpu":
+        return
+    with compiled_together():
+        for call, m in itertools.product(calls, grid(device)):
+            call(torch.empty(m, k, dtype=dtype, device=device))
 
 
 def time_variants(
@@ -147,12 +159,14 @@ def time_variants(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    orders: Sequence[Sequence[str]] = (),
     wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
     seconds: float = math.inf,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
 
+    orders: the routes that may be used, as `Measured.route` takes them; none: all that need no twin, and those with one twin.
     wrap: turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not disturb; None
     times the calls as they are. seconds: so long after the first size no further one is begun, beyond the coarsest grid that
     serves: some kernels are compiled for each size.
@@ -167,7 +181,7 @@ def time_variants(
     surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
         measured = _joined(found, n)
-        for m in _around_takeovers(measured, surpassed):
+        for m in _around_takeovers(measured, orders or _usual(measured, surpassed)):
             if time.perf_counter() - started > seconds:
                 break
             guess = {c: measured.time_at(c, m) for c in variants}
@@ -235,13 +249,18 @@ def _surpassed(measured: Measured, nbytes: Callable[[str], int]) -> set[str]:
     return {b for b in kinds if any(surpasses(a, b) for a in kinds if a != b)}
 
 
-def _around_takeovers(measured: Measured, surpassed: Collection[str]) -> list[int]:
-    """Sizes to time in the gaps in which one path takes over from another, on any route that may be used."""
-    plain = measured.plain
+def _usual(measured: Measured, surpassed: Collection[str]) -> list[list[str]]:
+    """The routes of a weight without a twin, and with each that a plan may take."""
+    plain = [*measured.plain]
     twins = [c for c in measured.times if c.startswith("twin:") and c not in surpassed]
+    return [plain, *([*plain, choice] for choice in twins)]
+
+
+def _around_takeovers(measured: Measured, orders: Sequence[Sequence[str]]) -> list[int]:
+    """Sizes to time in the gaps in which one path takes over from another, on any of these routes."""
     ms: set[int] = set()
-    for choices in ([*plain], *([*plain, choice] for choice in twins)):
-        for start in measured.route(choices).starts[1:]:
+    for choices in orders:
+        for start, _ in measured.pieces(choices)[1:]:
             before = measured.ms[measured.ms.index(start) - 1]
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1

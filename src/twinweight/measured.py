@@ -53,17 +53,16 @@ class Measured:
         share = math.log(m / low) / math.log(high / low)
         return math.exp((1 - share) * math.log(_least(times[at - 1])) + share * math.log(_least(times[at])))
 
-    def route(self, choices: Sequence[str], paths: Sequence[Path] = ()) -> Route:
+    def route(self, choices: Sequence[str]) -> Route:
         """The route of least total slowdown among those that move one way, from decode paths to dense ones.
 
-        choices: in the order in which they may take over as rows grow; paths: theirs, where their names do not say it. A path
-        starts at a measured size where it beats the one before by more than the measured spread of both and `MARGIN`, and the
-        total over all sizes decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
+        choices: in the order in which they may take over as rows grow; one may come again. A path starts at a measured size
+        where it beats the one before by more than the measured spread of both and `MARGIN`, and the total over all sizes
+        decides where, so that noise at one size neither flips a choice nor moves it below what was seen.
         Disturbances only ever add time: the least sample stands for a path.
         """
         pieces = self.pieces(choices)
-        named = dict(zip(choices, paths or map(path_of, choices), strict=True))
-        return Route(tuple(start for start, _ in pieces), tuple(named[choice] for _, choice in pieces))
+        return Route(tuple(start for start, _ in pieces), tuple(path_of(choice) for _, choice in pieces))
 
     def pieces(self, choices: Sequence[str]) -> tuple[tuple[int, str], ...]:
         """The route as (first number of rows, choice); the first is 0."""
@@ -117,13 +116,14 @@ def _least(t: Timing) -> float:
     return max(t.min, 1e-9)
 
 
-def held(route: Route, least: int) -> Route:
-    """The route, but int4 below `least` rows."""
-    if least <= 0 or route.paths == (Path.INT4,):
-        return route
-    later = [(s, p) for s, p in zip(route.starts, route.paths, strict=True) if s > least]
-    pairs = [(0, Path.INT4), *([(least, route.at(least))] if route.at(least) is not Path.INT4 else []), *later]
-    return Route(tuple(s for s, _ in pairs), tuple(p for _, p in pairs))
+def held(pieces: Sequence[tuple[int, str]], least: int, few: Sequence[str]) -> tuple[tuple[int, str], ...]:
+    """A route (`Measured.pieces`), but one of `few` below `least` rows: the first, or which of them the route has there."""
+    if least <= 0:
+        return tuple(pieces)
+    early = [(s, c) for s, c in pieces if s < least and c in few]
+    early = early if early and early[0][0] == 0 else [(0, few[0]), *early]
+    late = [(least, [c for s, c in pieces if s <= least][-1]), *((s, c) for s, c in pieces if s > least)]
+    return tuple(early + late[late[0][1] == early[-1][1] :])
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Form:
     """What a weight may be held as, besides what the checkpoint made of it.
 
     name, nbytes: as in `TwinOption`; choices: the ways to compute it then, in the order in which they may take over as rows
-    grow; paths: theirs, where their names do not say it.
+    grow, one of them perhaps again; paths: theirs, where their names do not say it.
     """
 
     name: str
@@ -140,13 +140,18 @@ class Form:
     paths: tuple[Path, ...] = ()
     is_twin: bool = True
 
+    @property
+    def named(self) -> dict[str, Path]:
+        """The path of each choice."""
+        return dict(zip(self.choices, self.paths or map(path_of, self.choices), strict=True))
+
 
 @dataclass(frozen=True)
 class Costs:
     """What one kind of weight could be held as, and what each form would save: the `Offer` of measured times.
 
-    base: the weight without anything more. n: output features of the weight, of which `measured.n` were timed. least: int4
-    serves all calls of fewer rows.
+    base: the weight without anything more. n: output features of the weight, of which `measured.n` were timed. least: decode
+    kernels serve all calls of fewer rows.
     """
 
     measured: Measured
@@ -158,7 +163,8 @@ class Costs:
     def route(self, form: Form | None = None) -> Route:
         """Which path serves which rows, with a form or without any."""
         form = form or self.base
-        return held(self.measured.route(form.choices, form.paths), self.least)
+        named, pieces = form.named, self._pieces(form)
+        return Route(tuple(start for start, _ in pieces), tuple(named[choice] for _, choice in pieces))
 
     def seconds(self, form: Form | None, workload: Workload) -> float:
         """Seconds of an average call of the workload, by the route that would be used."""
@@ -166,13 +172,16 @@ class Costs:
 
     def _calls(self, form: Form | None, workload: Workload) -> list[tuple[float, str]]:
         """Of each of the workload's calls: its share of the seconds of an average one, and the choice that serves it."""
-        choices = (form or self.base).choices
-        pieces = self.measured.pieces(choices)
+        pieces = self._pieces(form or self.base)
         found = []
         for m, share in workload.calls:
-            choice = choices[0] if m < self.least else next(c for start, c in reversed(pieces) if start <= m)
+            choice = next(c for start, c in reversed(pieces) if start <= m)
             found.append((share * self.measured.time_at(choice, m) * self.n / self.measured.n, choice))
         return found
+
+    def _pieces(self, form: Form) -> tuple[tuple[int, str], ...]:
+        few = [choice for choice, path in form.named.items() if path in (Path.INT4, Path.INNER)]
+        return held(self.measured.pieces(form.choices), self.least, few)
 
     def options(self, workload: Workload) -> tuple[TwinOption, ...]:
         """The forms with what they save in an average call; nothing where that is below `MARGIN` of the calls they serve."""

@@ -1,4 +1,4 @@
-"""The four ways to compute `x @ W.T + b`, and `Route`: which of them serves which number of rows."""
+"""The ways to compute `x @ W.T + b`, and `Route`: which of them serves which number of rows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from functools import cached_property
 
 
 class Path(IntEnum):
-    """INT4: decode kernel. FUSED: int4 unpacked inside the GEMM. TWIN: dense GEMM on the twin. STREAM: expand, then GEMM."""
+    """INT4: decode kernel. FUSED: int4 unpacked inside the GEMM. TWIN: dense GEMM on the twin. STREAM: expand, then GEMM.
+
+    INNER: vLLM's own kernel, where a layer has a copy of the int4 weight in our layout, and so the other paths, besides. Where
+    it has none, that kernel is its INT4.
+    """
 
     INT4 = 0
     FUSED = 1
     TWIN = 2
     STREAM = 3
+    INNER = 4
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ runs. A `Launch` does that once; later calls hand addresses to the compiled kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import os
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +23,30 @@ COUNTERS = 8192
 
 _GRAPHS = -1  # in place of a stream
 _PLANS_KEPT = 4096  # a server meets a few shapes and as many numbers of rows as its batches have
+_COMPILERS = 16  # threads
 
 _plans: dict[Hashable, Plan] = {}
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int, bool], Tensor] = {}
+_only_compiling = False
+
+
+@contextmanager
+def compiled_together() -> Iterator[None]:
+    """Launches inside compile their kernels, several at a time, and compute nothing: what they would write is left as it is.
+
+    Most of a compilation waits for LLVM and ptxas, which leave Python to other threads. An error shows when the kernel is used.
+    """
+    global _only_compiling
+    import triton
+
+    several = getattr(triton, "AsyncCompileMode", None)
+    with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
+        _only_compiling = True
+        try:
+            with several(pool, ignore_errors=True) if several is not None else nullcontext():
+                yield
+        finally:
+            _only_compiling = False
 
 
 @dataclass
@@ -60,6 +84,9 @@ class Launch:
     def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Triton's own launch; keeps the compiled kernel where every address is aligned, as it was specialized for that."""
         with on_device(next(t for t in tensors if t is not None)):
+            if _only_compiling:
+                self.kernel.warmup(*tensors, *self.integers, *self.constants, grid=self.grid, **self.options)
+                return
             compiled = self.kernel[self.grid](*tensors, *self.integers, *self.constants, **self.options)
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
         if aligned and self.device.type == "cuda" and hasattr(compiled, "packed_metadata"):
@@ -96,21 +123,24 @@ def plan(key: Hashable, make: Callable[[], Plan]) -> Plan:
 def counters(device: torch.device) -> Tensor:
     """int32 [COUNTERS] of zeros, which every launch leaves as zeros.
 
-    One for each stream, whose launches follow each other, and one for all CUDA graphs: two graphs that use it must not replay
-    at the same time, as they must not where they share a memory pool.
+    One for each stream, whose launches follow each other. CUDA graphs have others: one for each stream that was used before it
+    was captured (vLLM captures two, of which one computes shared experts), one for all the others. Two graphs that use one must
+    not replay at the same time, as they must not where they share a memory pool.
     """
     if device.type != "cuda":
-        return _kept(device, 0)
+        return _kept(device, 0, False)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
     if torch.cuda.is_current_stream_capturing():
         # Nothing that outlives a capture may be allocated in it: a first call there clears counters of its own.
-        found = _counters.get((device, _GRAPHS))
+        found = _counters.get((device, stream, True), _counters.get((device, _GRAPHS, True)))
         return found if found is not None else torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    _kept(device, _GRAPHS)
-    return _kept(device, torch._C._cuda_getCurrentRawStream(device.index))
+    _kept(device, _GRAPHS, True)
+    _kept(device, stream, True)
+    return _kept(device, stream, False)
 
 
-def _kept(device: torch.device, stream: int) -> Tensor:
-    found = _counters.get((device, stream))
+def _kept(device: torch.device, stream: int, graphs: bool) -> Tensor:
+    found = _counters.get((device, stream, graphs))
     if found is None:
-        found = _counters[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        found = _counters[device, stream, graphs] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return found

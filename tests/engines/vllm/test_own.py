@@ -70,4 +70,4 @@ def test_decode_and_prefill_run_on_the_copy_with_the_tokens_of_vllm(on: Job) -> 
 
 
 def test_the_inner_kernel_serves_nothing(on: Job) -> None:
-    assert not any(name.startswith("fused") for batch in range(1, 5) for name in calls(on, batch))
+    assert not any(name.startswith("inner") for batch in range(1, 5) for name in calls(on, batch))

@@ -22,30 +22,29 @@ def transient_bytes(n: int, k: int, *, lossy: bool = False) -> int:
     return max(identity.ROWS * (n + k) * 2, _UNPACKED * 10) + (9 * n * k // 2 if lossy else 0)
 
 
-def allocate(kernel: Wrapped, kind: str) -> None:
-    """An uninitialised twin of a kind (`twinweight.twin`) and bias. Charge `transient_bytes` besides."""
+def allocate(kernel: Wrapped, kind: str | None) -> None:
+    """An uninitialised twin of a kind (`twinweight.twin`), if any, and bias. Charge `transient_bytes` besides."""
     device = kernel.device
-    kernel.twin, kernel.twin_scales = twins.empty(kind, kernel.n, kernel.k, device)
+    if kind is not None:
+        kernel.twin, kernel.twin_scales = twins.empty(kind, kernel.n, kernel.k, device)
     if getattr(kernel.layer, "bias", None) is not None:
-        kernel.twin_bias = torch.empty(kernel.n, dtype=kernel.dtype, device=device)
+        kernel.bias = torch.empty(kernel.n, dtype=kernel.dtype, device=device)
     kernel.fresh = False
 
 
 @torch.inference_mode()
 def fill(kernel: Wrapped) -> None:
-    """Write the twin and its bias in place from the layer's current weights. Raises RuntimeError where an 8-bit twin cannot
-    be made of them.
+    """Write the twin and the bias, those that there are, in place from the layer's current weights. Raises RuntimeError where
+    an 8-bit twin cannot be made of them.
     """
     twin = kernel.twin
-    if twin is None:
-        return
-    if kernel.twin_scales is not None:
+    if twin is not None and kernel.twin_scales is not None:
         twins.fill(_source(kernel, twins.kind_of(twin, kernel.twin_scales)), twin, kernel.twin_scales)
-    elif not _unpack_cpu(kernel, twin) or not is_exact(kernel):
+    elif twin is not None and (not _unpack_cpu(kernel, twin) or not is_exact(kernel)):
         identity.fill(kernel, twin)
-    if kernel.twin_bias is not None:
-        zero = torch.zeros(1, kernel.k, dtype=kernel.dtype, device=twin.device)
-        kernel.twin_bias.copy_(kernel.inner_linear(zero, kernel.layer.bias)[0])
+    if kernel.bias is not None:
+        zero = torch.zeros(1, kernel.k, dtype=kernel.dtype, device=kernel.device)
+        kernel.bias.copy_(kernel.inner_linear(zero, kernel.layer.bias)[0])
     kernel.fresh = True
 
 

@@ -20,8 +20,8 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     """One linear layer of a model: [K, N] of a partition, by vLLM's naming.
 
     State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
-    must stay. twin_bias is the bias as the inner kernel sees it (Marlin permutes the layer's). own: the weight in our layout,
-    if there; then it serves `int4` and `stream`, and the inner kernel is the `fused` path.
+    must stay. own: the weight in our layout, if there; then the inner kernel is the path INNER. bias: as the inner kernel adds
+    it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's).
     """
 
     @classmethod
@@ -47,7 +47,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.dtype: torch.dtype = c.act_type
         self.twin: Tensor | None = None
         self.twin_scales: Tensor | None = None
-        self.twin_bias: Tensor | None = None
+        self.bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
         self.route: list[int] = ONLY_INT4
@@ -95,14 +95,12 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         """Write the layer's current weights into what is derived from them, in place."""
         if self.own is not None:
             own.refill(self)
-        if self.twin is not None:
-            build.fill(self)
-        self.fresh = True
+        build.fill(self)
 
     def drop(self) -> None:
         """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4
-        self.twin = self.twin_scales = self.twin_bias = self.own = None
+        self.twin = self.twin_scales = self.bias = self.own = None
         self.fresh = False
 
 

@@ -146,6 +146,9 @@ class Life:
             ready = self._until_full([(name, form) for name, form, _ in ranked], _allocate)
         self.built = [name for name, _ in self._until_full(ready, self._fill)]
         self._keep(min(compat.gather(len(self.built))))
+        copies = {(kind_of(k), *k.route): k for name in self.built if (k := self.kernels[name]).own is not None}
+        if copies and compat.device_of(self.worker).type != "cpu":
+            own.compile_paths(copies.values())
         if self.config.mode == "hard" and len(self.built) < len(ranked):
             raise BudgetError("mode hard: out of memory while building twins", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
@@ -171,7 +174,6 @@ class Life:
             with compat.pool(self.worker):  # only what stays: making it took temporaries
                 kernel.own = made if kernel.device.type == "cpu" else made.clone()
         build.fill(kernel)
-        kernel.fresh = True
         kind = _twin_of(form)
         if made is not None or kind is not None:
             kernel.route = self._route(kernel, form if made is not None else str(kind)).flat()
@@ -367,8 +369,7 @@ def _twin_of(form: str) -> str | None:
 
 
 def _allocate(kernel: TwinLinearKernel, form: str) -> None:
-    if (kind := _twin_of(form)) is not None:
-        build.allocate(kernel, kind)
+    build.allocate(kernel, _twin_of(form))
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

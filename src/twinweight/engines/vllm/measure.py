@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from twinweight import twin
 from twinweight.cache import Cache
-from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
+from twinweight.crossover import CPU_ELEMENTS, Shape, compile_first, grid, rotation, time_variants, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.wrapped import Wrapped
@@ -25,6 +26,8 @@ from twinweight.paths import Path, Route
 from twinweight.plan import Offer, TwinOption
 from twinweight.workload import Workload
 
+log = logging.getLogger("vllm.twinweight")
+
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 2 to 4 s on an H200, CPUs 4
 to 12. A kernel's first call is not counted: humming compiles all it has there (38 s), as a server does sooner or later."""
@@ -32,6 +35,11 @@ to 12. A kernel's first call is not counted: humming compiles all it has there (
 INT4 = "int4"
 OWN = "own"
 """The inner kernel, and our int4 kernel on a copy of the weight in our layout (`own`)."""
+
+_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), ("fused", Path.FUSED), (INT4, Path.INNER))
+"""In which order paths may take over on a GPU where there is an own copy. Some inner kernels are better with few rows, others
+with hundreds (Machete, from 512 on): theirs may be any part.
+"""
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,35 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
-    calls = {INT4: _rotating(inners), **{name: timed[choice] for name, choice in ours.items()}}
+    ready = _ready({name: timed[choice] for name, choice in ours.items()}, first)
+    calls = {INT4: _rotating(inners), **ready}
+    orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
     wrap = partial(_graphed, Graphs()) if device.type == "cuda" else None
-    measured = time_variants(calls, first.k, n, first.dtype, device, wrap=wrap, seconds=seconds)
+    measured = time_variants(calls, first.k, n, first.dtype, device, orders=orders, wrap=wrap, seconds=seconds)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
+
+
+def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> dict[str, Callable[[Tensor], object]]:
+    """Those of our calls that run for all rows of the grid, with their kernels compiled. A compiler that fails, on a GPU that
+    nobody tried, must not take the other paths along.
+    """
+    device, ready = kernel.device, {}
+    if device.type == "cpu":
+        return dict(calls)
+    try:
+        compile_first(calls.values(), kernel.k, kernel.dtype, device)
+    except Exception as error:  # whatever Triton raises: what fails again is left out
+        log.debug("Twinweight: kernels are compiled one by one: %s", error)
+    for name, call in calls.items():
+        try:
+            for m in grid(device):
+                call(torch.empty(m, kernel.k, dtype=kernel.dtype, device=device))
+            ready[name] = call
+        except Exception as error:  # as above
+            log.warning("Twinweight does without %s for %s: %s", name, kind_of(kernel), error)
+    return ready
 
 
 def shape_of(kernel: Wrapped) -> Shape:
@@ -116,15 +147,12 @@ def shape_of(kernel: Wrapped) -> Shape:
 
 
 def _ours(kernel: Wrapped, lossy: Sequence[str]) -> dict[str, str]:
-    """What can be timed beside the inner kernel: its name here, and in `crossover.variants`.
-
-    An own copy buys a faster int4 kernel on CPUs; on GPUs it buys `stream` alone.
-    """
-    device = kernel.device
+    """What can be timed beside the inner kernel: its name here, and in `crossover.variants`."""
     kinds = {twin_choice(kind): twin_choice(kind) for kind in (_dense_kind(kernel), *lossy)}
     if not own.can_have(kernel):
         return kinds
-    return {**({OWN: INT4} if device.type == "cpu" else {}), "stream": "stream", **kinds}
+    fused = {"fused": "fused"} if kernel.device.type != "cpu" else {}  # on a CPU that is INT4
+    return {OWN: INT4, **fused, "stream": "stream", **kinds}
 
 
 def _dense_kind(kernel: Wrapped) -> str:
@@ -140,9 +168,8 @@ def forms_of(kernel: Wrapped, lossy: Sequence[str]) -> tuple[Form, ...]:
     if not own.can_have(kernel):
         return tuple(forms)
     copy = own.nbytes(kernel)
-    if device.type != "cpu":
-        return (*forms, Form(OWN, copy, (INT4, "stream"), (Path.FUSED, Path.STREAM), is_twin=False))
-    choices, taken = (OWN, INT4, "stream"), (Path.INT4, Path.FUSED, Path.STREAM)
+    order = _ORDER if device.type != "cpu" else ((OWN, Path.INT4), (INT4, Path.INNER))
+    choices, taken = zip(*order, ("stream", Path.STREAM), strict=True)
     forms.append(Form(OWN, copy, choices, taken, is_twin=False))
     both = [Form(f"{OWN}+{k}", copy + n, (*choices, choice), (*taken, Path.TWIN)) for k, (n, choice) in twins.items()]
     return (*forms, *both)
@@ -152,13 +179,12 @@ def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: i
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
-    twin. least: int4 serves all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
+    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
     """
     forms = forms_of(kernel, lossy)
     if measured is not None:
-        # Below `least` rows the inner kernel serves, which is `fused` where a GPU's layer has an own copy.
-        usable = tuple(f for f in forms if not least or f.paths[:1] != (Path.FUSED,))
-        return Costs(measured, Form("none", 0, (INT4,)), usable, kernel.n, least)
+        timed = tuple(f for f in forms if set(f.choices) <= set(measured.times))
+        return Costs(measured, Form("none", 0, (INT4,)), timed, kernel.n, least)
     given = tuple(f for f in forms if not f.paths) if rows is not None else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 

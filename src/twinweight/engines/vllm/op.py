@@ -32,7 +32,7 @@ class Paths(Protocol):
     route: list[int]
     twin: Tensor | None
     twin_scales: Tensor | None
-    twin_bias: Tensor | None
+    bias: Tensor | None
     own: KernelWeight | None
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,14 +69,14 @@ def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
     m = x.numel() // x.shape[-1]
     path = take(kernel.route, m)
     with labelled(path, m, kernel.n, x.shape[-1]):
+        plain = None if bias is None else kernel.bias
         if path == Path.TWIN and kernel.twin is not None:
-            bias = None if bias is None else kernel.twin_bias
             if kernel.twin_scales is None:
-                return dense_linear(x, kernel.twin, bias)
+                return dense_linear(x, kernel.twin, plain)
             rows = x.reshape(m, x.shape[-1])
-            return twin.linear(rows, kernel.twin, kernel.twin_scales, bias).view(*x.shape[:-1], kernel.n)
-        if path != Path.FUSED and kernel.own is not None:
-            return int4_path(path, x.reshape(m, x.shape[-1]), kernel.own, bias).view(*x.shape[:-1], kernel.own.n)
+            return twin.linear(rows, kernel.twin, kernel.twin_scales, plain).view(*x.shape[:-1], kernel.n)
+        if path not in (Path.TWIN, Path.INNER) and kernel.own is not None:
+            return int4_path(path, x.reshape(m, x.shape[-1]), kernel.own, plain).view(*x.shape[:-1], kernel.n)
         # Some kernels pad N and return a slice; the traced graph counts on dense rows.
         return kernel.inner_linear(x, bias).contiguous()
 

@@ -1,4 +1,4 @@
-"""A layer's int4 weight in our own layout, beside the inner kernel's: for ATen's int4 kernel on CPUs, and for `stream`.
+"""A layer's int4 weight in our own layout, beside the inner kernel's: for ATen's int4 kernel on CPUs, ours on GPUs, `stream`.
 
 It costs a quarter of a bf16 twin, so the plan weighs it like one. It comes from what the inner kernel holds (read where its
 layout is known, else recovered from what it computes) and is kept only where it expands to that, bit for bit.
@@ -6,17 +6,23 @@ layout is known, else recovered from what it computes) and is kept only where it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.engines.vllm.wrapped import Wrapped
-from twinweight.kernels import backend_for
+from twinweight.kernels import backend_for, int4_path
+from twinweight.kernels.launch import compiled_together
 from twinweight.kernels.prepared import KernelWeight
+from twinweight.paths import Path, pick
 from twinweight.recover import recover
 from twinweight.weight import Int4Weight, pack_nibbles
 
 _ROWS = 1024  # output features compared at a time
+_SIZES = (*range(1, 8), *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))
+"""Rows for which tiles may be others: those that vLLM captures graphs for (0.26 to 0.32), and some beyond."""
 
 
 def can_have(kernel: Wrapped) -> bool:
@@ -62,6 +68,21 @@ def refill(kernel: Wrapped) -> None:
     for mine, fresh in ((old.packed, new.packed), (old.scales, new.scales), (old.zeros, new.zeros)):
         if mine is not None and fresh is not None:
             mine.copy_(fresh)
+
+
+@torch.inference_mode()
+def compile_paths(kernels: Iterable[Wrapped]) -> None:
+    """Compile what calls of all sizes launch from the copies of these layers, several kernels at a time. Capturing graphs would
+    wait for one after the other, and so would the first prompts.
+    """
+    with compiled_together():
+        for kernel in kernels:
+            seen: set[int] = set()
+            for m in _SIZES:
+                path = pick(kernel.route, m)
+                if kernel.own is not None and (path in (Path.INT4, Path.FUSED) or (path == Path.STREAM and path not in seen)):
+                    int4_path(path, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device), kernel.own, kernel.bias)
+                    seen.add(path)
 
 
 def _group_size(kernel: Wrapped) -> int:
