@@ -138,7 +138,7 @@ def chosen_by_route(s: Shape, products: dict[str, list[Callable[[Tensor], object
     turns = {choice: itertools.cycle(products[path]) for choice, path in named.items()}
     ways = {choice: lambda x, turn=turn: next(turn)(x) for choice, turn in turns.items()}
     graphs = Graphs()
-    measured = time_variants(ways, s.k, s.n, s.dtype, torch.device("cuda"), wrap=lambda run: graphs.capture(run).replay)
+    measured = time_variants(ways, s.k, s.n, s.dtype, torch.device("cuda"), wraps=lambda m: graphs.replayed)
     pieces = measured.pieces(tuple(named))
     return lambda m: named[next(choice for start, choice in reversed(pieces) if start <= m)]
 

@@ -21,7 +21,8 @@ _OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfl
 _PEERS = ("marlin", "machete", "humming")
 _MODEL = "llama-3.1-8b"
 _KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
-_POINTS = [(prompt, at_once) for prompt in (512, 2048, 8192) for at_once in (1, 32)]
+_POINTS = [(512, 1), (512, 32), (512, 128), (2048, 1), (2048, 32), (8192, 8)]
+_RUN = "6-0-"  # how `server` begins on the machine where all of these ran
 
 
 def paths(directory: Path) -> Path:
@@ -43,14 +44,14 @@ def path_panel(records: Sequence[dict[str, Any]], n: int, k: int, what: str, gpu
 
 def vllm(directory: Path) -> Path:
     """TTFT and TPOT through vLLM, off and on, over either int4 kernel."""
-    found = _read("h200-vllm.json")["records"]
-    records = [r for r in found if r["model"] == _MODEL and r["mode"] in ("off", "on") and r["tp"] == 1]
+    found = [r for r in _read("h200-vllm.json")["records"] if r.get("server", "").startswith(_RUN)]
+    records = [r for r in found if r["model"] == _MODEL and r["mode"] in ("off", "on")]
     panels: list[canvas.Panel] = []
     for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
         for kernel, label in _KERNELS.items():
             groups = bench.groups_of(_of_all_servers([r for r in records if r["inner_kernel"] == kernel], key), key)
             panels.append(canvas.Panel(f"{name}, int4 by {label}", "", partial(bench.draw, groups), bench.height(groups)))
-    return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on one H200, twins off and on")
+    return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on one H200, Twinweight off and on")
 
 
 def _of_all_servers(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ def test_tables_json_and_plot(run: Command, tmp_path: Path) -> None:
     assert code == 0, err
     assert max(len(line) for line in out.splitlines() if not line.startswith("written")) <= 80
     text = " ".join(out.split())
-    for word in ("for twins", "KV floor, 8,192 tokens", "off", "soft", "hard", "roofline", "is assumed", "decode is unchanged"):
+    words = ("for twins", "KV floor, 8,192 tokens", "off", "soft", "hard", "roofline", "is assumed", "decode reads int4")
+    for word in words:
         assert word in text
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["modes"].keys() == {"off", "soft", "hard"}

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from twinweight import cache, twin
+from twinweight.graphs import Graphs, Wrap
 from twinweight.kernels import backend_for, int4_path, int8
 from twinweight.kernels.launch import compiled_together
 from twinweight.kernels.prepared import KernelWeight
@@ -23,12 +24,13 @@ from twinweight.weight import Int4Weight
 
 GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    "gpu": (1, 8, 16, 32, 64, 160, 256, 320, 640, 1024, 2048, 8192),
+    "gpu": (1, 8, 16, 32, 64, 160, 256, 320, 512, 640, 1024, 2048, 8192),
 }
 """Rows that are timed for every shape; between two of them a takeover is searched for. A GPU takes 8 rows or more at once, and
 kernels take tiles of 128 or 256: at so many rows such a kernel is at its best, and a twin that is 20 % ahead from 129 on seemed
 level with it at 128 and 256 (H200, 14336 x 4096). 256 is timed all the same: a twin of 10240 x 5120 is a sixth faster there and
-no more than level at 192 and 384, so that a search between 160 and 320 did not find it."""
+no more than level at 192 and 384, so that a search between 160 and 320 did not find it. So is 512, where Machete is up to 11 %
+ahead of `fused`, and up to 26 % behind at 384."""
 
 CPU_ELEMENTS = 8 << 20
 """On the CPU a slice of rows with about so many weights stands for the weight: time per row does not depend on N there. With
@@ -38,7 +40,8 @@ _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: 
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
-_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 16, 160, 640, 8192 on a GPU
+_LAUNCHED = 64  # rows up to which a kernel may be done before the next is launched
+_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 256, 1024 and 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
 
@@ -140,7 +143,19 @@ def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ())
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
     calls = variants(shape, n, names)
     compile_first(calls.values(), shape.k, shape.dtype, shape.device)
-    return time_variants(calls, shape.k, n, shape.dtype, shape.device)
+    return time_variants(calls, shape.k, n, shape.dtype, shape.device, wraps=by_graphs(shape.device))
+
+
+def by_graphs(device: torch.device) -> Callable[[int], Wrap | None]:
+    """How calls of so many rows are timed: few as the replay of a CUDA graph. A host takes longer to launch them than a GPU to
+    compute them, and on a slow one a twin won at one row because `F.linear` is launched faster (4096 x 4096 on an H200, which
+    takes 6.5 us by int4 and 13.6 by the twin).
+    """
+    if device.type != "cuda":
+        return lambda m: None
+    with torch.cuda.device(device):
+        graphs = Graphs()
+    return lambda m: graphs.replayed if m <= _LAUNCHED else None
 
 
 def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -160,23 +175,23 @@ def time_variants(
     device: torch.device,
     *,
     orders: Sequence[Sequence[str]] = (),
-    wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
+    wraps: Callable[[int], Wrap | None] = lambda m: None,
     seconds: float = math.inf,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
 
     orders: the routes that may be used, as `Measured.route` takes them; none: all that need no twin, and those with one twin.
-    wrap: turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not disturb; None
-    times the calls as they are. seconds: so long after the first size no further one is begun, beyond the coarsest grid that
-    serves: some kernels are compiled for each size.
+    wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
+    disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
+    coarsest grid that serves: some kernels are compiled for each size.
     """
     found: dict[int, dict[str, Timing]] = {}
     started = math.inf
     for m in _coarse_first(grid(device)):
         if len(found) >= _LEAST_SIZES and time.perf_counter() - started > seconds:
             break
-        found[m] = time_rows(variants, m, k, dtype, device, wrap=wrap)
+        found[m] = time_rows(variants, m, k, dtype, device, wrap=wraps(m))
         started = min(started, time.perf_counter())
     surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
@@ -188,7 +203,7 @@ def time_variants(
             worth = _HOPELESS * min(guess.values())
             near = {c: call for c, call in variants.items() if guess[c] < worth and c not in surpassed}
             others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
-            found[m] = {**time_rows(near, m, k, dtype, device, wrap=wrap), **others}
+            found[m] = {**time_rows(near, m, k, dtype, device, wrap=wraps(m)), **others}
     return _joined(found, n)
 
 
@@ -214,7 +229,7 @@ def time_rows(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    wrap: Callable[[Callable[[], None]], Callable[[], object]] | None = None,
+    wrap: Wrap | None = None,
     enough: int = _ENOUGH,
     patience: float | None = None,
 ) -> dict[str, Timing]:

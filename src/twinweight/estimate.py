@@ -63,18 +63,29 @@ def _peak(gpu: Gpu) -> float:
 
 def offers(gpu: Gpu, rank: Rank) -> tuple[dict[Kind, Offered], str]:
     """What each kind of weight could have: by stored measurements of this GPU where all kinds have one, else by a roofline."""
+    from twinweight.engines.vllm import measure
+
     kinds = list(dict.fromkeys(rank.weights.values()))
     stored = _stored(gpu, kinds)
     found_for: dict[Kind, Offered] = {}
     for kind in kinds:
         nbytes = kind.n * _padded(kind.k, gpu) * _ITEMSIZE
-        found = stored.get(kind)
+        found, in_vllm = stored.get(kind, (None, False))
         if found is None or len(stored) < len(kinds):
             found_for[kind] = Roofline(kind, gpu, (Form("bfloat16", nbytes, ("twin:bfloat16",)),))
+        elif in_vllm:
+            found_for[kind] = measure.costs(found, measure.forms(_copy_bytes(kind), {"bfloat16": nbytes}), kind.n)
         else:
             twin = Form("bfloat16", nbytes, (*found.plain, "twin:bfloat16"))
             found_for[kind] = Costs(found, Form("none", 0, found.plain), (twin,), kind.n)
     return found_for, "measured" if kinds and len(stored) == len(kinds) else "roofline"
+
+
+def _copy_bytes(kind: Kind) -> int | None:
+    """Bytes of an own int4 copy inside vLLM, where there can be one."""
+    from twinweight.kernels.gpu import weight_bytes
+
+    return None if kind.act_order else weight_bytes(kind.n, kind.k, kind.group_size, False, kind.symmetric)
 
 
 def _padded(k: int, gpu: Gpu) -> int:
@@ -83,8 +94,8 @@ def _padded(k: int, gpu: Gpu) -> int:
     return padded_stride(k, _ITEMSIZE, cliff_bytes=RDNA3_CLIFF if gpu.name.lower().startswith("gfx11") else 0)
 
 
-def _stored(gpu: Gpu, kinds: list[Kind]) -> dict[Kind, Measured]:
-    """Measurements of a GPU in the cache; vLLM's own kernels before ours, the newest first."""
+def _stored(gpu: Gpu, kinds: list[Kind]) -> dict[Kind, tuple[Measured, bool]]:
+    """Measurements of a GPU in the cache, and whether they are of vLLM's kernels, which come before ours; the newest first."""
     store = cache.default()
     found: dict[tuple[bool, Kind], Measured] = {}
     for record in store.records() if store is not None else ():
@@ -96,7 +107,7 @@ def _stored(gpu: Gpu, kinds: list[Kind]) -> dict[Kind, Measured]:
         kind = next((k for k in kinds if _is_of(shape, k)), None) if same else None
         if kind is not None and "twin:bfloat16" in record.measured.times and record.measured.plain:
             found.setdefault((shape.get("engine") == "vllm", kind), record.measured)
-    return {kind: found.get((True, kind)) or found[False, kind] for _, kind in found}
+    return {kind: (found[in_vllm, kind], in_vllm) for _, kind in found for in_vllm in [(True, kind) in found]}
 
 
 def _is_of(shape: Mapping[str, Any], kind: Kind) -> bool:
@@ -112,8 +123,9 @@ def prefill_speed(rank: Rank, gpu: Gpu, offered: Mapping[Kind, Offered], found: 
     computed (attention over the step itself, experts). Between GPUs nothing is counted.
     """
     step = Workload.prefill(tokens)
-    seconds = {kind: (o.seconds(None, step), o.seconds(o.forms[0], step)) for kind, o in offered.items()}
-    linear = sum(seconds[kind][name in found.twins] for name, kind in rank.weights.items())
+    seconds = {(kind, f.name if f else None): o.seconds(f, step) for kind, o in offered.items() for f in (None, *o.forms)}
+    built = {name: option.name for name, option in found.twins.items()}
+    linear = sum(seconds[kind, built.get(name)] for name, kind in rank.weights.items())
     attention = 4 * tokens * tokens / 2 * rank.head_dims * rank.layers
     total = linear + (attention + 2 * tokens * rank.active_experts) / _peak(gpu)
     return round(tokens / total) if total else None

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+Wrap = Callable[[Callable[[], None]], Callable[[], object]]
+"""Turns calls into what is timed in their place."""
+
 
 class Graphs:
     """Captures graphs on a stream of its own, all in one memory pool: they must not replay at the same time.
@@ -30,6 +33,15 @@ class Graphs:
             (warm or run)()
         torch.cuda.synchronize()
         return self._captured(run)
+
+    def replayed(self, run: Callable[[], None]) -> Callable[[], object]:
+        """The replay of `run`'s graph; `run` itself where a kernel cannot be captured."""
+        try:
+            replay: Callable[[], object] = self.capture(run).replay
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return run
+        return replay
 
     def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

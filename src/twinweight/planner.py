@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from twinweight import estimate, presets, reserves
 from twinweight.checkpoint import read_json
+from twinweight.engines.vllm.config import Config
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, TwinweightError
 from twinweight.gpus import Gpu
 from twinweight.plan import Budget, Mode, Plan, plan
@@ -76,8 +77,9 @@ def plan_model(model: str, ask: Request) -> dict[str, Any]:
         found = f"{type(error).__name__}: {error}".split("\n")[0]
         raise CheckpointError(file=file, expected="the config.json of a decoder", found=found) from error
     budget, floor, tokens = _budget(ask, gpu, rank)
-    workload = ask.workload or Workload.prefill(tokens)
     offers, source = estimate.offers(gpu, rank)
+    served = Config("soft").planned_for(tokens) if source == "measured" else Workload.prefill(tokens)
+    workload = ask.workload or served
     modes: dict[str, dict[str, Any]] = {}
     plans: dict[str, Plan] = {}
     verdicts: dict[str, str] = {}
@@ -161,9 +163,10 @@ def _mode(
         fits = False
         says = f"not all of {len(paying)} twins fit\n{budget.arithmetic(wanted)}\n{levers}"
         found = Plan(mode, budget, paying, {})
-    kv = max(0, budget.kv_bytes(found.twin_bytes) + scratch)
+    kv, built = max(0, budget.kv_bytes(found.twin_bytes) + scratch), found.twins.values()
     result = {
-        "twins": len(found.twins), "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
+        "twins": sum(o.is_twin for o in built), "copies": sum(o.name.startswith("own") for o in built),
+        "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
         "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits,
         "missing_bytes": max(0, found.twin_bytes - budget.for_twins) if starts else short,
     }  # fmt: skip
@@ -178,5 +181,5 @@ def _shapes(rank: Rank, plans: Mapping[str, Plan]) -> list[dict[str, Any]]:
         row = rows.setdefault(kind, new)
         row["count"] += 1
         for mode, found in plans.items():
-            row[mode] += name in found.twins
+            row[mode] += name in found.twins and found.twins[name].is_twin
     return list(rows.values())

@@ -160,12 +160,12 @@ def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
     for mode, found in result["modes"].items():
         if only in (None, mode) or mode == "off":
             speed = f"{found['prefill_tok_s']:,}" if found["prefill_tok_s"] else ""
-            twins = f"{found['twins']} of {found['weights']}"
+            twins = f"{found['twins']} of {found['weights']}" + (f", {found['copies']} int4 copies" if found["copies"] else "")
             fits = "yes" if found["fits"] else "NO"
             rows.append((mode, twins, gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, fits))
     modes = Table("", ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"), tuple(rows))
     lines = [
-        f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode is unchanged in every mode: at most "
+        f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode reads int4 in every mode: at most "
         f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
         _SPEED[result["speed"]["source"]],
         *result["assumptions"],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from twinweight import cache
-from twinweight.crossover import Crossovers, Shape, choices_of, time_rows, variants
+from twinweight.crossover import Crossovers, Shape, by_graphs, choices_of, time_rows, variants
 from twinweight.engines.hf import describe
 from twinweight.measured import Costs, Form, Measured
 from twinweight.twins import costs_of
@@ -90,12 +90,14 @@ def check_shape(shape: Shape, costs: Costs, workload: Workload) -> list[dict[str
     if best := max(costs.options(workload), key=lambda o: o.saved_us, default=None):
         forms += [f for f in costs.forms if f.name == best.name and best.saved_us > 0]
     names = [c for c in choices_of(shape) if any(c in f.choices for f in forms)]
-    ways = variants(shape, shape.n, names)
+    ways, wraps = variants(shape, shape.n, names), by_graphs(shape.device)
     points = []
     for m in finer(costs.measured):
         times = dict.fromkeys(names, math.inf)
         for _ in range(1 + _AGAIN):
-            now = time_rows(ways, m, shape.k, shape.dtype, shape.device, enough=_SAMPLES, patience=_PATIENCE)
+            now = time_rows(
+                ways, m, shape.k, shape.dtype, shape.device, wrap=wraps(m), enough=_SAMPLES, patience=_PATIENCE
+            )  # fmt: skip
             times = {c: min(times[c], t.min) for c, t in now.items()}
             found = [_point(shape, form, m, costs.measured, times) for form in forms if len(form.choices) > 1]
             if all(p["regret"] <= _SUSPECT for p in found):

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -36,9 +35,21 @@ INT4 = "int4"
 OWN = "own"
 """The inner kernel, and our int4 kernel on a copy of the weight in our layout (`own`)."""
 
-_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), ("fused", Path.FUSED), (INT4, Path.INNER))
+_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * 2)
 """In which order paths may take over on a GPU where there is an own copy. Some inner kernels are better with few rows, others
-with hundreds (Machete, from 512 on): theirs may be any part.
+with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts.
+"""
+
+
+_OURS = (OWN, "fused")
+_ALONE = ((16, 1.1), (256, 1.2))
+"""(Up to so many rows, how many times as long our kernels may take in a server as by themselves, against vLLM's.)
+
+Servers of llama-3.1-8b, qwen3-32b and llama-3.3-70b on an H200 with own copies (`benchmarks/results/h200-vllm.json`,
+27 November 2026): steps of decode became faster by less than the kernels differ by themselves, as if ours took 0.99 to 1.10
+times as long as those times at 1 and 8 rows (once 1.16), 1.08 to 1.21 at 32, and 1.13 to 1.16 at 128; the larger the model, the
+longer. The cause is not known; they unpack on all multiprocessors while they read, which may cost clocks that short
+measurements keep. Without this, 32 rows of llama-3.3-70b on Machete took 7 % longer with copies than without.
 """
 
 
@@ -111,8 +122,8 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     ready = _ready({name: timed[choice] for name, choice in ours.items()}, first)
     calls = {INT4: _rotating(inners), **ready}
     orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
-    wrap = partial(_graphed, Graphs()) if device.type == "cuda" else None
-    measured = time_variants(calls, first.k, n, first.dtype, device, orders=orders, wrap=wrap, seconds=seconds)
+    wrap = Graphs().replayed if device.type == "cuda" else None
+    measured = time_variants(calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds)
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
@@ -163,16 +174,38 @@ def _dense_kind(kernel: Wrapped) -> str:
 def forms_of(kernel: Wrapped, lossy: Sequence[str]) -> tuple[Form, ...]:
     """What a layer could have: twins, an own copy, or both."""
     device = kernel.device
-    twins = {kind: (twin.nbytes(kind, kernel.n, kernel.k, device), twin_choice(kind)) for kind in (_dense_kind(kernel), *lossy)}
-    forms = [Form(kind, nbytes, (INT4, choice)) for kind, (nbytes, choice) in twins.items()]
-    if not own.can_have(kernel):
-        return tuple(forms)
-    copy = own.nbytes(kernel)
-    order = _ORDER if device.type != "cpu" else ((OWN, Path.INT4), (INT4, Path.INNER))
-    choices, taken = zip(*order, ("stream", Path.STREAM), strict=True)
-    forms.append(Form(OWN, copy, choices, taken, is_twin=False))
-    both = [Form(f"{OWN}+{k}", copy + n, (*choices, choice), (*taken, Path.TWIN)) for k, (n, choice) in twins.items()]
-    return (*forms, *both)
+    twins = {kind: twin.nbytes(kind, kernel.n, kernel.k, device) for kind in (_dense_kind(kernel), *lossy)}
+    copy = own.nbytes(kernel) if own.can_have(kernel) else None
+    return forms(copy, twins, _ORDER if device.type != "cpu" else ((OWN, Path.INT4), (INT4, Path.INNER)))
+
+
+def forms(copy: int | None, twins: Mapping[str, int], order: Sequence[tuple[str, Path]] = _ORDER) -> tuple[Form, ...]:
+    """As `forms_of`. copy: bytes of an own copy, None where there can be none; twins: kind -> bytes; order: the choices of a
+    copy and their paths, in the order in which they may take over.
+    """
+    alone = [Form(kind, nbytes, (INT4, twin_choice(kind))) for kind, nbytes in twins.items()]
+    if copy is None:
+        return tuple(alone)
+    ways, taken = zip(*order, ("stream", Path.STREAM), strict=True)
+    both = [Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[-1]), (*taken, Path.TWIN)) for f in alone]
+    return (*alone, Form(OWN, copy, ways, taken, is_twin=False), *both)
+
+
+def costs(measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True) -> Costs:
+    """The `Offer` of measured times. Of these forms, those that were timed. n, least: as in `Costs`."""
+    timed = tuple(f for f in forms if set(f.choices) <= set(measured.times))
+    return Costs(in_a_server(measured) if on_gpu else measured, Form("none", 0, (INT4,)), timed, n, least)
+
+
+def in_a_server(measured: Measured) -> Measured:
+    """A GPU's times as a server will have them (`_ALONE`)."""
+    factors = [next((factor for most, factor in _ALONE if m <= most), 1.0) for m in measured.ms]
+    ours = {
+        name: tuple(t.times(f) for t, f in zip(measured.times[name], factors, strict=True))
+        for name in _OURS
+        if name in measured.times
+    }
+    return replace(measured, times={**measured.times, **ours})
 
 
 def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()) -> Offered:
@@ -181,11 +214,10 @@ def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: i
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
     twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
     """
-    forms = forms_of(kernel, lossy)
+    offered = forms_of(kernel, lossy)
     if measured is not None:
-        timed = tuple(f for f in forms if set(f.choices) <= set(measured.times))
-        return Costs(measured, Form("none", 0, (INT4,)), timed, kernel.n, least)
-    given = tuple(f for f in forms if not f.paths) if rows is not None else ()
+        return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu")
+    given = tuple(f for f in offered if not f.paths) if rows is not None else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 
 
@@ -230,13 +262,3 @@ def _inner(kernel: Wrapped, part: object) -> Callable[[Tensor], object]:
 def _rotating(calls: Sequence[Callable[[Tensor], object]]) -> Callable[[Tensor], object]:
     turn = itertools.cycle(calls)
     return lambda x: next(turn)(x)
-
-
-def _graphed(graphs: Graphs, run: Callable[[], None]) -> Callable[[], object]:
-    """The replay of a CUDA graph of `run`; `run` itself where a kernel cannot be captured."""
-    try:
-        replay: Callable[[], object] = graphs.capture(run).replay
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return run
-    return replay
