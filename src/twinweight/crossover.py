@@ -15,7 +15,7 @@ import torch
 from twinweight import cache, twin
 from twinweight.graphs import Graphs, Wrap
 from twinweight.kernels import backend_for, int4_path, int8
-from twinweight.kernels.launch import compiled_together
+from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.measured import Measured
 from twinweight.paths import Path
@@ -160,11 +160,13 @@ def by_graphs(device: torch.device) -> Callable[[int], Wrap | None]:
 
 def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile our kernels for all rows of the device's grid at once; on a CPU there are none. Tiles depend on rows."""
-    if device.type == "cpu":
-        return
-    with compiled_together():
-        for call, m in itertools.product(calls, grid(device)):
-            call(torch.empty(m, k, dtype=dtype, device=device))
+    if device.type != "cpu":
+        rows = itertools.product(calls, grid(device))
+        compile_together(partial(_on_anything, call, m, k, dtype, device) for call, m in rows)
+
+
+def _on_anything(call: Callable[[torch.Tensor], object], m: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
+    call(torch.empty(m, k, dtype=dtype, device=device))
 
 
 def time_variants(

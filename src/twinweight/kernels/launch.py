@@ -6,10 +6,11 @@ runs. A `Launch` does that once; later calls hand addresses to the compiled kern
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .device import on_device
+
+log = logging.getLogger("twinweight")
 
 COUNTERS = 8192
 """Tiles that a launch with K split over programs may have."""
@@ -30,23 +33,26 @@ _counters: dict[tuple[torch.device, int, bool], Tensor] = {}
 _only_compiling = False
 
 
-@contextmanager
-def compiled_together() -> Iterator[None]:
-    """Launches inside compile their kernels, several at a time, and compute nothing: what they would write is left as it is.
+def compile_together(calls: Iterable[Callable[[], object]]) -> None:
+    """Compile the kernels that these calls launch, several at a time; none is run, what they would write stays as it is.
 
-    Most of a compilation waits for LLVM and ptxas, which leave Python to other threads. An error shows when the kernel is used.
+    Most of a compilation waits for LLVM and ptxas, which leave Python to other threads. It only saves time: what fails here,
+    for want of memory or by a compiler, is logged, and shows again when it is used.
     """
     global _only_compiling
-    import triton
+    try:
+        import triton
 
-    several = getattr(triton, "AsyncCompileMode", None)
-    with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
-        _only_compiling = True
-        try:
-            with several(pool, ignore_errors=True) if several is not None else nullcontext():
-                yield
-        finally:
-            _only_compiling = False
+        several = getattr(triton, "AsyncCompileMode", None)
+        threads = ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1))
+        with threads, several(threads, ignore_errors=True) if several is not None else nullcontext():
+            _only_compiling = True
+            for call in calls:
+                call()
+    except Exception as error:
+        log.info("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+    finally:
+        _only_compiling = False
 
 
 @dataclass

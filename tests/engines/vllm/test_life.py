@@ -29,6 +29,7 @@ MIB = 1 << 20
 class FakeKernel:
     def __init__(self) -> None:
         self.twin: object = object()
+        self.own = None
         self.fresh = True
 
     def drop(self) -> None:

@@ -44,7 +44,8 @@ class Config:
 
     def planned_for(self, chunk: int) -> Workload:
         """What twins are chosen for, where steps have `chunk` rows at most. Prompts come with decode steps of one and of 8
-        requests, which only count where something serves them faster than the inner kernel: on CPUs, or a twin that wins there.
+        requests, which only count where something serves them faster than the inner kernel: an own copy, or a twin that wins
+        there.
         """
         if isinstance(self.workload, str):
             return from_metrics(Path(self.workload))

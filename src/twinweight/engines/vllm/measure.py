@@ -136,16 +136,13 @@ def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> 
     device, ready = kernel.device, {}
     if device.type == "cpu":
         return dict(calls)
-    try:
-        compile_first(calls.values(), kernel.k, kernel.dtype, device)
-    except Exception as error:  # whatever Triton raises: what fails again is left out
-        log.debug("Twinweight: kernels are compiled one by one: %s", error)
+    compile_first(calls.values(), kernel.k, kernel.dtype, device)
     for name, call in calls.items():
         try:
             for m in grid(device):
                 call(torch.empty(m, kernel.k, dtype=kernel.dtype, device=device))
             ready[name] = call
-        except Exception as error:  # as above
+        except Exception as error:  # whatever Triton raises
             log.warning("Twinweight does without %s for %s: %s", name, kind_of(kernel), error)
     return ready
 

@@ -6,7 +6,9 @@ layout is known, else recovered from what it computes) and is kept only where it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -14,7 +16,7 @@ from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels import backend_for, int4_path
-from twinweight.kernels.launch import compiled_together
+from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, pick
 from twinweight.recover import recover
@@ -75,14 +77,14 @@ def compile_paths(kernels: Iterable[Wrapped]) -> None:
     """Compile what calls of all sizes launch from the copies of these layers, several kernels at a time. Capturing graphs would
     wait for one after the other, and so would the first prompts.
     """
-    with compiled_together():
-        for kernel in kernels:
-            seen: set[int] = set()
-            for m in _SIZES:
-                path = pick(kernel.route, m)
-                if kernel.own is not None and (path in (Path.INT4, Path.FUSED) or (path == Path.STREAM and path not in seen)):
-                    int4_path(path, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device), kernel.own, kernel.bias)
-                    seen.add(path)
+    ours = (Path.INT4, Path.FUSED, Path.STREAM)
+    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, _SIZES) if pick(k.route, m) in ours)
+
+
+def _run(kernel: Wrapped, m: int) -> None:
+    if kernel.own is not None:
+        x = torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device)
+        int4_path(pick(kernel.route, m), x, kernel.own, kernel.bias)
 
 
 def _group_size(kernel: Wrapped) -> int:
