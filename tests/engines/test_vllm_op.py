@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import random_weight
-from twinweight.engines.vllm import build, op
+from twinweight.engines.vllm import build, op, own
 from twinweight.kernels import backend_for
 from twinweight.paths import Path, Route
 
@@ -53,6 +53,9 @@ class Permuting:
         self.own = self.twin = None
 
 
+ROUTE = Route((0, 8, 16, 32), (Path.INT4, Path.INNER, Path.STREAM, Path.TWIN))
+
+
 @pytest.mark.parametrize("path", list(Path))
 @pytest.mark.parametrize(("own", "twin"), [(False, False), (True, False), (False, True), (True, True)])
 def test_every_path_adds_the_bias_that_the_inner_kernel_adds(path: Path, own: bool, twin: bool) -> None:
@@ -66,3 +69,23 @@ def test_every_path_adds_the_bias_that_the_inner_kernel_adds(path: Path, own: bo
     torch.testing.assert_close(op.run(kernel, x, None), expected - kernel.true_bias, rtol=0.02, atol=0.1)
     ours = twin if path is Path.TWIN else own and path is not Path.INNER
     assert (kernel.inner_calls == 0) is ours
+
+
+def test_our_kernels_agree_with_the_inner_one_on_every_path_of_the_route() -> None:
+    kernel: Any = Permuting(own=True, twin=False)
+    kernel.route = ROUTE.flat()
+    kernel.inner_calls = 0
+    assert own.agrees(kernel)
+    assert kernel.inner_calls == 7 + 2  # of 1 to 7 rows and of 16 and 24
+
+
+@pytest.mark.parametrize("path", [Path.INT4, Path.STREAM])
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_kernel_of_ours_that_computes_something_else_is_found(
+    path: Path, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel: Any = Permuting(own=True, twin=False)
+    kernel.route = ROUTE.flat()
+    right = own.int4_path
+    monkeypatch.setattr(own, "int4_path", lambda p, *args: right(p, *args) * (wrong if p == path else 1.0))
+    assert not own.agrees(kernel)

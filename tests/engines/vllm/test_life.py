@@ -29,7 +29,7 @@ MIB = 1 << 20
 class FakeKernel:
     def __init__(self) -> None:
         self.twin: object = object()
-        self.own = None
+        self.own: object = None
         self.fresh = True
 
     def drop(self) -> None:
@@ -109,15 +109,41 @@ def test_twins_leave_room_for_a_fixed_kv_cache_and_activations_on_a_gpu(
 
 def test_own_copies_are_not_counted_as_twins() -> None:
     found = life()
-    forms = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}
-    twins = {name: replace(found.plan.twins[name], name=form) for name, form in forms.items()}
-    found.plan = replace(found.plan, twins=twins)
+    found.kernels["a"].own = found.kernels["b"].own = object()  # type: ignore[assignment]
+    found.kernels["b"].twin = None
     assert {key: found.status()[key] for key in ("twins", "copies", "missed")} == {"twins": 2, "copies": 2, "missed": 0}
     assert found._held() == "2 twins and 2 int4 copies"
     found._keep(1)
     assert (found.status()["twins"], found.status()["copies"]) == (1, 1)
     del found.built[0]
     assert found._held() == "0 twins"
+
+
+@pytest.mark.parametrize("elsewhere", [[], ["wide"]])
+def test_copies_that_compute_something_else_go_on_all_ranks_and_their_twins_stay(
+    elsewhere: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from twinweight.engines.vllm import life as module
+    from twinweight.engines.vllm import own
+    from twinweight.engines.vllm.kernel import TwinLinearKernel
+
+    found = life()
+    forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
+    found.plan = replace(found.plan, twins={n: replace(found.plan.twins[n], name=form) for n, form in forms.items()})
+    for name, kind in {"a": "wide", "b": "wide", "c": "tall"}.items():
+        kernel: Any = TwinLinearKernel.__new__(TwinLinearKernel)
+        kernel.kind, kernel.own, kernel.twin = kind, object(), object() if name == "a" else None
+        kernel.route = [0, Path.INT4, 64, Path.FUSED, *([128, Path.TWIN] if name == "a" else [])]
+        found.kernels[name] = kernel
+    monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
+    monkeypatch.setattr(compat, "gather", lambda value: [value, set(elsewhere)])
+    monkeypatch.setattr(own, "compile_paths", lambda kernels: None)
+    monkeypatch.setattr(own, "agrees", lambda kernel: bool(elsewhere) or kernel.kind != "wide")
+    found._try_copies()
+    assert found.built == ["a", "c"]
+    assert {name: k.own is not None for name, k in found.kernels.items()} == {"a": False, "b": False, "c": True}
+    assert [found.kernels[n].route for n in "ab"] == [[0, Path.INT4, 128, Path.TWIN], [0, Path.INT4]]
+    assert "something else than wide;" in caplog.text
 
 
 @pytest.mark.parametrize(("tags", "gone"), [(("kv_cache",), False), (("weights",), True), (("weights", "kv_cache"), True)])

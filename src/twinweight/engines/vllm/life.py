@@ -146,12 +146,27 @@ class Life:
             ready = self._until_full([(name, form) for name, form, _ in ranked], _allocate)
         self.built = [name for name, _ in self._until_full(ready, self._fill)]
         self._keep(min(compat.gather(len(self.built))))
-        copies = {(kind_of(k), *k.route): k for name in self.built if (k := self.kernels[name]).own is not None}
-        if copies and compat.device_of(self.worker).type != "cpu":
-            own.compile_paths(copies.values())
+        if compat.device_of(self.worker).type != "cpu":
+            self._try_copies()
         if self.config.mode == "hard" and len(self.built) < len(ranked):
             raise BudgetError("mode hard: out of memory while building twins", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
+
+    def _try_copies(self) -> None:
+        """Compile what own copies need, and do without them where our kernels compute something else, on any rank."""
+        copies = {name: k for name in self.built if (k := self.kernels[name]).own is not None}
+        tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
+        own.compile_paths(tried.values())
+        wrong = {str(kind) for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
+        wrong.update(*compat.gather(wrong))
+        if not wrong:
+            return
+        log.warning("Twinweight: our kernels compute something else than %s; no own copies there", ", ".join(sorted(wrong)))
+        for name, kernel in copies.items():
+            if str(kind_of(kernel)) in wrong:
+                kernel.drop_copy()
+                if _twin_of(self.plan.twins[name].name) is None:
+                    self.built.remove(name)
 
     def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], None]) -> list[Wanted]:
         """Those of (name, form) that were made before memory ran out, if it did; the others stay int4."""
@@ -247,8 +262,8 @@ class Life:
 
     def _counts(self) -> tuple[int, int]:
         """Layers with a twin, and with an int4 copy."""
-        forms = [self.plan.twins[name].name for name in self.built]
-        return sum(_twin_of(form) is not None for form in forms), sum(measure.OWN in form.split("+") for form in forms)
+        built = [self.kernels[name] for name in self.built]
+        return sum(k.twin is not None for k in built), sum(k.own is not None for k in built)
 
     def _held(self) -> str:
         twins, copies = self._counts()
