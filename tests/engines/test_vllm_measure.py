@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from twinweight.cache import Cache
 from twinweight.crossover import grid
-from twinweight.engines.vllm import measure
+from twinweight.engines.vllm import compat, measure
 from twinweight.measured import Measured
 from twinweight.timing import Timing
 from twinweight.workload import Workload
@@ -90,3 +92,39 @@ def test_a_kernel_that_does_not_compile_takes_no_other_along(caplog: pytest.LogC
     assert set(rows) == set(grid(torch.device("meta")))
     assert "does without fused" in caplog.text
     assert "no such instruction" in caplog.text
+
+
+def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = measured(int4=[1] * 5, own=[1] * 5, stream=[1] * 5, twin_bfloat16=[1] * 5)
+    asked: list[tuple[object, float]] = []
+
+    def timed(layers: list[object], lossy: object, seconds: float) -> Measured:
+        asked.append((layers[0], seconds))
+        return times
+
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "measure", timed)
+    monkeypatch.setattr(measure, "grid", lambda device: (1, 512))
+    monkeypatch.setattr(measure.own, "can_have", lambda kernel: True)
+    monkeypatch.setattr(measure, "compile_together", lambda calls: pytest.fail("a CPU has no kernels to compile"))
+    wide, tall = (measure.Kind(n, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner") for n in (N, 2 * N))
+    layers: dict[measure.Kind, list[Any]] = {wide: [layer("cpu")], tall: [layer("cpu")]}
+    store = Cache(tmp_path)
+    assert measure.known_or_measured({wide: layers[wide]}, lambda kernel: [], store) == {wide: times}
+    assert asked == [(layers[wide][0], measure.SECONDS)]
+    assert set(measure.known_or_measured(layers, lambda kernel: [], store)) == {wide, tall}
+    assert asked[1:] == [(layers[tall][0], measure.SECONDS / 2)]
+    measure.known_or_measured(layers, lambda kernel: [], store)
+    measure.known_or_measured(layers, lambda kernel: [], None)
+    assert len(asked) == 2 + 2
+
+
+def test_kernels_of_all_kinds_are_compiled_before_the_first_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "measure", lambda *args: seen.append("timed"))
+    monkeypatch.setattr(measure, "compile_together", lambda calls: seen.extend(f"{call.args[0]}" for call in calls))
+    monkeypatch.setattr(measure, "_launches", lambda kernel: iter([measure.partial(print, kernel.n)]))
+    kinds = [measure.Kind(n, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner") for n in (N, 2 * N)]
+    measure.known_or_measured({kind: [layer("meta")] for kind in kinds}, lambda kernel: [], None)
+    assert seen == [str(N), str(N), "timed", "timed"]

@@ -82,9 +82,7 @@ class Life:
             for kernel in self.kernels.values():
                 layers.setdefault(kind_of(kernel), []).append(kernel)
             try:
-                store = cache.default()
-                share = measure.SECONDS / max(1, len(layers))
-                found = {k: measure.known_or_measured(k, ks, self._lossy(ks[0]), store, share) for k, ks in layers.items()}
+                found = measure.known_or_measured(layers, self._lossy, cache.default())
             except (RuntimeError, MemoryError):
                 log.exception("Twinweight could not time the kernels")
                 found = None

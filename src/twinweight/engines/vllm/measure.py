@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from twinweight import twin
 from twinweight.cache import Cache
-from twinweight.crossover import CPU_ELEMENTS, Shape, compile_first, grid, rotation, time_variants, twin_choice, variants
+from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs
 from twinweight.kernels import backend_for
+from twinweight.kernels.launch import compile_together
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import Offer, TwinOption
@@ -30,6 +32,8 @@ log = logging.getLogger("vllm.twinweight")
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 2 to 4 s on an H200, CPUs 4
 to 12. A kernel's first call is not counted: humming compiles all it has there (38 s), as a server does sooner or later."""
+
+W = TypeVar("W", bound=Wrapped)
 
 INT4 = "int4"
 OWN = "own"
@@ -85,20 +89,33 @@ def kind_of(kernel: Wrapped) -> Kind:
 
 
 def known_or_measured(
-    kind: Kind, layers: Sequence[Wrapped], lossy: Sequence[str], store: Cache | None, seconds: float = math.inf
-) -> Measured:
-    """The times of a kind of layer, from the cache where they are there. lossy: kinds of 8-bit twins to time besides; seconds:
-    as in `time_variants`.
+    layers: Mapping[Kind, Sequence[W]], lossy: Callable[[W], Sequence[str]], store: Cache | None
+) -> dict[Kind, Measured]:
+    """The times of all kinds of layers of a device, from the cache where they are there. lossy: the kinds of 8-bit twins to
+    time besides, of a layer.
     """
-    device, vllm = layers[0].device, compat.version()
-    needed = {INT4, *_ours(layers[0], lossy)}
-    found = store.read(kind.key, device, vllm=vllm) if store is not None else None
-    if found is None or not needed <= set(found.times):
-        found = measure(layers, lossy, seconds)
+    vllm, found = compat.version(), {}
+    for kind, (first, *_) in layers.items():
+        known = store.read(kind.key, first.device, vllm=vllm) if store is not None else None
+        if known is not None and {INT4, *_ours(first, lossy(first))} <= set(known.times):
+            found[kind] = known
+    new = {kind: same for kind, same in layers.items() if kind not in found}
+    if any(first.device.type != "cpu" for first, *_ in new.values()):
+        compile_together(call for first, *_ in new.values() for call in _launches(first))
+    for kind, same in new.items():
+        found[kind] = measure(same, lossy(same[0]), SECONDS / len(layers))
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
-        if store is not None and set(grid(device)) <= set(found.ms):
-            store.write(kind.key, device, found, vllm=vllm)
+        if store is not None and set(grid(same[0].device)) <= set(found[kind].ms):
+            store.write(kind.key, same[0].device, found[kind], vllm=vllm)
     return found
+
+
+def _launches(kernel: Wrapped) -> Iterator[Callable[[], object]]:
+    """Calls that launch all kernels of ours that a layer may ever need, on random weights."""
+    if own.can_have(kernel):
+        for call in variants(shape_of(kernel), kernel.n, [INT4, "fused", "stream"]).values():
+            for m in own.SIZES:
+                yield partial(call, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device))
 
 
 @torch.inference_mode()
@@ -130,13 +147,12 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
 
 
 def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> dict[str, Callable[[Tensor], object]]:
-    """Those of our calls that run for all rows of the grid, with their kernels compiled. A compiler that fails, on a GPU that
-    nobody tried, must not take the other paths along.
+    """Those of our calls that run for all rows of the grid. A compiler that fails, on a GPU that nobody tried, takes no other
+    path along.
     """
     device, ready = kernel.device, {}
     if device.type == "cpu":
         return dict(calls)
-    compile_first(calls.values(), kernel.k, kernel.dtype, device)
     for name, call in calls.items():
         try:
             for m in grid(device):

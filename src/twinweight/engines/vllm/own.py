@@ -26,7 +26,7 @@ _ROWS = 1024  # output features compared at a time
 _OURS = (Path.INT4, Path.FUSED, Path.STREAM)
 _TRIED = 4  # numbers of rows of each path
 _ROUNDED = 0.03  # of the largest result: what sums in another order, or in 16 bits, may differ by; wrong ones differ by more
-_SIZES = (*range(1, 8), *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))
+SIZES = (*range(1, 8), *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))
 """Rows for which tiles may be others: those that vLLM captures graphs for (0.26 to 0.32), and some beyond."""
 
 
@@ -80,7 +80,7 @@ def compile_paths(kernels: Iterable[Wrapped]) -> None:
     """Compile what calls of all sizes launch from the copies of these layers, several kernels at a time. Capturing graphs would
     wait for one after the other, and so would the first prompts.
     """
-    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, _SIZES) if pick(k.route, m) in _OURS)
+    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, SIZES) if pick(k.route, m) in _OURS)
 
 
 def _run(kernel: Wrapped, m: int) -> None:
@@ -99,7 +99,7 @@ def agrees(kernel: Wrapped) -> bool:
     if copy is None:
         return True
     for path in _OURS:
-        sizes = [m for m in _SIZES if pick(kernel.route, m) == path]
+        sizes = [m for m in SIZES if pick(kernel.route, m) == path]
         for m in sizes[:: max(1, len(sizes) // _TRIED)]:
             x = torch.randn(m, kernel.k, dtype=torch.float32, device=kernel.device).mul_(kernel.k**-0.5).to(kernel.dtype)
             theirs = kernel.inner_linear(x, None).float()
