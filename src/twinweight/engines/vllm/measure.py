@@ -30,8 +30,10 @@ from twinweight.workload import Workload
 log = logging.getLogger("vllm.twinweight")
 
 SECONDS = 15.0
-"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 2 to 4 s on an H200, CPUs 4
-to 12. A kernel's first call is not counted: humming compiles all it has there (38 s), as a server does sooner or later."""
+"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 4 to 6 s on an H200 (13 for
+llama-3.3-70b), CPUs 4 to 12. A kernel's first call is not counted: humming compiles all it has there, as a server does sooner
+or later.
+"""
 
 W = TypeVar("W", bound=Wrapped)
 
