@@ -2,10 +2,11 @@
 
     python benchmarks/vllm_gpu_life.py OUT.json [--model models/stdlib-15m] [--only records|own]
 
-Serves the trained model without and with twins through the same stages and compares greedy tokens (up to the first near-tie)
-and, bit for bit, each twin with what the inner kernel computes. Then serves Llama-3.1-8B's shapes on Marlin with memory for a
-third of the twins, where the plan takes own int4 copies and streams. Writes {"environment", "records": [{"server", "stage",
-"same_tokens", "compared_tokens", "twins", "exact", "moved", "calls"}], "own": {...}}.
+Serves the trained model without anything, with twins, and with own int4 copies that serve all, through the same stages and
+compares greedy tokens (up to the first near-tie) and, bit for bit, each twin and copy with what the inner kernel computes. Then
+serves Llama-3.1-8B's shapes on Marlin with memory for a third of the twins, where the plan takes own int4 copies. Writes
+{"environment", "records": [{"server", "stage", "same_tokens", "compared_tokens", "twins", "copies", "exact", "moved", "calls"
+}], "own": {...}}, where server is twins or copies.
 """
 
 import argparse
@@ -25,9 +26,11 @@ CROSSOVER = 16
 
 
 def served(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one server through its stages: {"stages": {name: {"ids", "leads", "report"}}}."""
+    """Run one server through its stages: {"stages": {name: {"ids", "leads", "report", "copies"}}}."""
     import vllm
 
+    if job.get("copies"):
+        _let_copies_win()
     llm = vllm.LLM(seed=0, enable_prefix_caching=False, skip_tokenizer_init=True, enable_sleep_mode=True, **job["llm"])
     on = "additional_config" in job["llm"]
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
@@ -39,6 +42,7 @@ def served(job: dict[str, Any]) -> dict[str, Any]:
             "ids": [list(o.outputs[0].token_ids) for o in outputs],
             "leads": [[_lead(top) for top in o.outputs[0].logprobs] for o in outputs],
             "report": json.loads(llm.collective_rpc("twinweight_report", kwargs={"check": True})[0]) if on else None,
+            "copies": llm.collective_rpc(_copies)[0] if on else {},
         }
 
     look("start")
@@ -55,6 +59,19 @@ def served(job: dict[str, Any]) -> dict[str, Any]:
     llm.collective_rpc(_rescale)
     look("kernel-format update")
     return {"stages": found}
+
+
+def _let_copies_win() -> None:
+    """Times, for every kind of layer, by which the plan takes own copies, and each of their paths serves some rows."""
+    from twinweight.engines.vllm import measure
+    from twinweight.measured import Measured
+    from twinweight.timing import Timing
+
+    rows = (1, 8, 32, 256)
+    us = {"int4": (9, 9, 90, 900), "own": (1, 1, 60, 600), "fused": (5, 5, 9, 300), "stream": (50, 50, 50, 50)}
+    times = {name: tuple(Timing(t / 1e6, t / 1e6, t / 1e6) for t in row) for name, row in us.items()}
+    times["twin:bfloat16"] = times["stream"]
+    measure.measure = lambda layers, *args: Measured(rows, times, layers[0].n)
 
 
 def _rescale(worker: Any) -> None:
@@ -85,24 +102,31 @@ def squeezed(job: dict[str, Any]) -> dict[str, Any]:
     return dict(llm.collective_rpc(_own_copies)[0])
 
 
-def _own_copies(worker: Any) -> dict[str, Any]:
+def _copies(worker: Any) -> dict[str, Any]:
+    """Own copies by name: where they are, and whether they are exactly what the inner kernel computes."""
     import torch
 
     from twinweight.engines.vllm import identity
     from twinweight.kernels import backend_for
 
-    life = worker.twinweight_report.__self__
-    exact = []
-    for kernel in life.kernels.values():
+    found = {}
+    for name, kernel in worker.twinweight_report.__self__.kernels.items():
         if kernel.own is not None:
             expanded = torch.empty(kernel.n, kernel.k, dtype=kernel.dtype, device=kernel.device)
             backend_for(kernel.device).expand_rows(kernel.own, 0, kernel.n, expanded)
-            exact.append(bool(torch.equal(expanded, identity.dense(kernel))))
+            exact = bool(torch.equal(expanded, identity.dense(kernel)))
+            found[name] = {"address": kernel.own.packed.data_ptr(), "exact": exact}
+    return found
+
+
+def _own_copies(worker: Any) -> dict[str, Any]:
+    life, copies = worker.twinweight_report.__self__, _copies(worker)
     planned = {**life.plan.twins, **life.plan.missed}
     return {
         "for_twins": life.plan.budget.for_twins, "all_twins": sum(k.n * k.k * 2 for k in life.kernels.values()),
         "floor_tokens": life.floor.tokens, "floor_bytes": life.floor.nbytes, "weights": len(life.kernels),
-        "forms": {name: planned[name].name for name in life.built}, "own_copies": len(exact), "exact": all(exact),
+        "forms": {name: planned[name].name for name in life.built}, "own_copies": len(copies),
+        "exact": all(c["exact"] for c in copies.values()),
         "seconds": life.seconds, **{k: v for k, v in json.loads(life.report()).items() if k in ("calls", "routes")},
     }  # fmt: skip
 
@@ -116,7 +140,7 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
         return dict(json.loads(found.read_text()))
 
 
-def compare(off: dict[str, Any], on: dict[str, Any]) -> list[dict[str, Any]]:
+def compare(server: str, off: dict[str, Any], on: dict[str, Any]) -> list[dict[str, Any]]:
     """A record a stage."""
     records, before = [], None
     for stage, a in off["stages"].items():
@@ -124,12 +148,13 @@ def compare(off: dict[str, Any], on: dict[str, Any]) -> list[dict[str, Any]]:
         for ids, leads, others in zip(a["ids"], a["leads"], b["ids"], strict=True):
             clear = next((i for i, lead in enumerate(leads) if lead < CLEAR), len(ids))
             same, compared = same and ids[:clear] == others[:clear], compared + clear
-        twins = b["report"]["twins"]
-        addresses = {name: t["address"] for name, t in twins.items()}
+        twins, copies = b["report"]["twins"], b["copies"]
+        derived = [*twins.values(), *copies.values()]
+        addresses = [d["address"] for d in derived]
         records.append({
-            "server": "on", "stage": stage, "same_tokens": same, "compared_tokens": compared, "twins": len(twins),
-            "exact": all(t["exact"] for t in twins.values()), "moved": before is not None and before != addresses,
-            "calls": b["report"]["calls"],
+            "server": server, "stage": stage, "same_tokens": same, "compared_tokens": compared, "twins": len(twins),
+            "copies": len(copies), "exact": all(d["exact"] for d in derived),
+            "moved": before is not None and before != addresses, "calls": b["report"]["calls"],
         })  # fmt: skip
         before = addresses
     return records
@@ -147,7 +172,7 @@ def rescaled(model: Path, out: Path) -> Path:
 
 
 def stages(model: Path) -> list[dict[str, Any]]:
-    """Serve a trained model without and with twins: a record a stage."""
+    """Serve a trained model without anything, with twins and with own copies: a record a server and stage."""
     from tokenizers import Tokenizer
 
     text, tokenizer = (model / "heldout.txt").read_text(), Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -156,8 +181,12 @@ def stages(model: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as tmp:
         job = {"llm": llm, "other": str(rescaled(model, Path(tmp) / "other")), "prompts": prompts}
         off = alone(job)
-        twins = {"twinweight": {"mode": "soft", "crossover": CROSSOVER}}
-        return compare(off, alone({**job, "llm": {**llm, "additional_config": twins}}))
+        records = []
+        for server, more in (("twins", {"crossover": CROSSOVER}), ("copies", {})):
+            config = {"twinweight": {"mode": "soft", **more}}
+            on = {**job, "llm": {**llm, "additional_config": config}, "copies": server == "copies"}
+            records += compare(server, off, alone(on))
+        return records
 
 
 def short_of_memory() -> dict[str, Any]:
@@ -203,6 +232,7 @@ def main() -> None:
 def run_job(given: Path, found: Path) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    os.environ["TWINWEIGHT_CACHE"] = "off"
     job = json.loads(given.read_text())
     found.write_text(json.dumps(served(job) if "prompts" in job else squeezed(job)))
 
