@@ -162,11 +162,7 @@ def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dty
     """Compile our kernels for all rows of the device's grid at once; on a CPU there are none. Tiles depend on rows."""
     if device.type != "cpu":
         rows = itertools.product(calls, grid(device))
-        compile_together(partial(_on_anything, call, m, k, dtype, device) for call, m in rows)
-
-
-def _on_anything(call: Callable[[torch.Tensor], object], m: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
-    call(torch.empty(m, k, dtype=dtype, device=device))
+        compile_together(partial(call, torch.empty(m, k, dtype=dtype, device=device)) for call, m in rows)
 
 
 def time_variants(

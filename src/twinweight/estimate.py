@@ -107,7 +107,8 @@ def _stored(gpu: Gpu, kinds: list[Kind]) -> dict[Kind, tuple[Measured, bool]]:
         kind = next((k for k in kinds if _is_of(shape, k)), None) if same else None
         if kind is not None and "twin:bfloat16" in record.measured.times and record.measured.plain:
             found.setdefault((shape.get("engine") == "vllm", kind), record.measured)
-    return {kind: (found[in_vllm, kind], in_vllm) for _, kind in found for in_vllm in [(True, kind) in found]}
+    of_vllm_last = sorted(found.items(), key=lambda item: item[0][0])
+    return {kind: (measured, in_vllm) for (in_vllm, kind), measured in of_vllm_last}
 
 
 def _is_of(shape: Mapping[str, Any], kind: Kind) -> bool:

@@ -139,6 +139,8 @@ def _mode(
     mode: Mode, budget: Budget, rank: Rank, offers: Mapping[Kind, estimate.Offered], workload: Workload
 ) -> tuple[dict[str, Any], Plan, str]:
     """One mode's result, its plan (all twins where they do not fit in `hard`), and what to say where something does not fit."""
+    from twinweight.engines.vllm.measure import OWN
+
     options = {kind: max(offers[kind].options(workload), key=lambda o: o.saved_us) for kind in set(rank.weights.values())}
     paying = {name: options[kind] for name, kind in rank.weights.items() if options[kind].saved_us > 0}
     wanted = sum(o.nbytes for o in paying.values())
@@ -165,7 +167,7 @@ def _mode(
         found = Plan(mode, budget, paying, {})
     kv, built = max(0, budget.kv_bytes(found.twin_bytes) + scratch), found.twins.values()
     result = {
-        "twins": sum(o.is_twin for o in built), "copies": sum(o.name.startswith("own") for o in built),
+        "twins": sum(o.is_twin for o in built), "copies": sum(OWN in o.name.split("+") for o in built),
         "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
         "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits,
         "missing_bytes": max(0, found.twin_bytes - budget.for_twins) if starts else short,

@@ -137,6 +137,7 @@ def test_copies_that_compute_something_else_go_on_all_ranks_and_their_twins_stay
         found.kernels[name] = kernel
     monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
     monkeypatch.setattr(compat, "gather", lambda value: [value, set(elsewhere)])
+    monkeypatch.setattr(found, "_route", lambda kernel, form: {"bfloat16": Route((0, 128), (Path.INT4, Path.TWIN))}[form])
     monkeypatch.setattr(own, "compile_paths", lambda kernels: None)
     monkeypatch.setattr(own, "agrees", lambda kernel: bool(elsewhere) or kernel.kind != "wide")
     found._try_copies()

@@ -97,12 +97,6 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
             own.refill(self)
         build.fill(self)
 
-    def drop_copy(self) -> None:
-        """Free the own copy. What it served goes to the inner kernel; a twin keeps its rows."""
-        self.own = None
-        starts = [start for start, path in zip(self.route[::2], self.route[1::2], strict=True) if path == Path.TWIN]
-        self.route = [*(ONLY_INT4 if starts != [0] else []), *(v for start in starts for v in (start, int(Path.TWIN)))]
-
     def drop(self) -> None:
         """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4

@@ -161,10 +161,12 @@ class Life:
             return
         log.warning("Twinweight: our kernels compute something else than %s; no own copies there", ", ".join(sorted(wrong)))
         for name, kernel in copies.items():
-            if str(kind_of(kernel)) in wrong:
-                kernel.drop_copy()
-                if _twin_of(self.plan.twins[name].name) is None:
-                    self.built.remove(name)
+            twin = _twin_of(self.plan.twins[name].name)
+            if str(kind_of(kernel)) in wrong and twin is not None:
+                kernel.own, kernel.route = None, self._route(kernel, twin).flat()
+            elif str(kind_of(kernel)) in wrong:
+                kernel.drop()
+                self.built.remove(name)
 
     def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], None]) -> list[Wanted]:
         """Those of (name, form) that were made before memory ran out, if it did; the others stay int4."""

@@ -113,9 +113,9 @@ def known_or_measured(
 
 
 def _launches(kernel: Wrapped) -> Iterator[Callable[[], object]]:
-    """Calls that launch all kernels of ours that a layer may ever need, on random weights."""
+    """Calls that launch all kernels of ours that a layer may ever need, on random weights; `stream` has one for all rows."""
     if own.can_have(kernel):
-        for call in variants(shape_of(kernel), kernel.n, [INT4, "fused", "stream"]).values():
+        for call in variants(shape_of(kernel), kernel.n, [INT4, "fused"]).values():
             for m in own.SIZES:
                 yield partial(call, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device))
 

@@ -78,9 +78,10 @@ def refill(kernel: Wrapped) -> None:
 @torch.inference_mode()
 def compile_paths(kernels: Iterable[Wrapped]) -> None:
     """Compile what calls of all sizes launch from the copies of these layers, several kernels at a time. Capturing graphs would
-    wait for one after the other, and so would the first prompts.
+    wait for one after the other, and so would the first prompts. (`stream` has one kernel for all sizes.)
     """
-    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, SIZES) if pick(k.route, m) in _OURS)
+    tiled = (Path.INT4, Path.FUSED)
+    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, SIZES) if pick(k.route, m) in tiled)
 
 
 def _run(kernel: Wrapped, m: int) -> None:
