@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers import random_weight
+from twinweight.crossover import Shape, by_graphs
 from twinweight.linear import Int4Linear
 from twinweight.paths import Path, Route
 
@@ -33,6 +34,17 @@ def test_a_captured_graph_follows_a_reload(m: int) -> None:
             x.normal_()
             graph.replay()
             assert torch.equal(out, linear(x))
+
+
+def test_short_calls_are_timed_as_graphs_and_long_ones_as_they_are() -> None:
+    def run() -> None:
+        torch.ones(1, device="cuda")
+
+    wraps = by_graphs(Shape(4096, 4096, 128, True, False, torch.bfloat16, torch.device("cuda", 0)))
+    short = wraps(1024)
+    assert short is not None
+    assert short(run) is not run
+    assert wraps(1025) is None
 
 
 def test_reduce_overhead_compiles_to_graphs_that_equal_eager() -> None:

@@ -52,6 +52,15 @@ def test_four_paths_may_follow_each_other() -> None:
     assert str(found.route([*found.plain, "twin:bfloat16"])) == "int4 from M=1, fused from M=4, twin from M=16"
 
 
+def test_a_twin_and_fused_may_take_turns_once() -> None:
+    """As on Hopper, where the one's tiles are filled at other sizes than the other's."""
+    found = measured(int4=[1, 2, 4, 8, 16, 32], fused=[3, 3, 3, 6, 7, 24], twin_bfloat16=[9, 9, 9, 5, 9, 9])
+    assert found.with_twin("twin:bfloat16") == ("int4", "fused", "twin:bfloat16", "fused", "twin:bfloat16")
+    turns = "int4 from M=1, fused from M=4, twin from M=8, fused from M=16, twin from M=32"
+    assert str(found.route(found.with_twin("twin:bfloat16"))) == turns
+    assert measured(int4=[1, 2], twin_bfloat16=[2, 1]).with_twin("twin:bfloat16") == ("int4", "twin:bfloat16")
+
+
 def test_one_noisy_size_flips_nothing() -> None:
     times = {"int4": [1.0, 1, 9, 1, 2, 4, 8], "twin_bfloat16": [3.0, 3, 3, 3, 3, 3, 3]}
     assert measured(**times).route(["int4", "twin:bfloat16"]) == Route((0, 32), (Path.INT4, Path.TWIN))

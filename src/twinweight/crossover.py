@@ -24,13 +24,14 @@ from twinweight.weight import Int4Weight
 
 GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    "gpu": (1, 8, 16, 32, 64, 160, 256, 320, 512, 640, 1024, 2048, 8192),
+    "gpu": (1, 8, 16, 32, 64, 112, 160, 256, 320, 512, 640, 1024, 2048, 8192),
 }
 """Rows that are timed for every shape; between two of them a takeover is searched for. A GPU takes 8 rows or more at once, and
 kernels take tiles of 128 or 256: at so many rows such a kernel is at its best, and a twin that is 20 % ahead from 129 on seemed
 level with it at 128 and 256 (H200, 14336 x 4096). 256 is timed all the same: a twin of 10240 x 5120 is a sixth faster there and
 no more than level at 192 and 384, so that a search between 160 and 320 did not find it. So is 512, where Machete is up to 11 %
-ahead of `fused`, and up to 26 % behind at 384."""
+ahead of `fused`, and up to 26 % behind at 384, and 112, where a twin of 4096 x 4096 is 14 % ahead of `fused`, and not at 64 and
+160."""
 
 CPU_ELEMENTS = 8 << 20
 """On the CPU a slice of rows with about so many weights stands for the weight: time per row does not depend on N there. With
@@ -40,7 +41,7 @@ _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: 
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed closely
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
-_LAUNCHED = 64  # rows up to which a kernel may be done before the next is launched
+_LAUNCHED = 1 << 34  # products up to which a kernel may be done before the next is launched: 34 GFLOP, 45 us on an H200
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 256, 1024 and 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
@@ -143,19 +144,19 @@ def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ())
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
     calls = variants(shape, n, names)
     compile_first(calls.values(), shape.k, shape.dtype, shape.device)
-    return time_variants(calls, shape.k, n, shape.dtype, shape.device, wraps=by_graphs(shape.device))
+    return time_variants(calls, shape.k, n, shape.dtype, shape.device, wraps=by_graphs(shape))
 
 
-def by_graphs(device: torch.device) -> Callable[[int], Wrap | None]:
-    """How calls of so many rows are timed: few as the replay of a CUDA graph. A host takes longer to launch them than a GPU to
-    compute them, and on a slow one a twin won at one row because `F.linear` is launched faster (4096 x 4096 on an H200, which
-    takes 6.5 us by int4 and 13.6 by the twin).
+def by_graphs(shape: Shape) -> Callable[[int], Wrap | None]:
+    """How calls of so many rows are timed: short ones as the replay of a CUDA graph. A host takes longer to launch them than a
+    GPU to compute them, and on a slow one a twin won because `F.linear` is launched faster (4096 x 4096 on an H200: at one row,
+    which takes 6.5 us by int4 and 13.6 by the twin, and at 65 to 160 rows).
     """
-    if device.type != "cuda":
+    if shape.device.type != "cuda":
         return lambda m: None
-    with torch.cuda.device(device):
+    with torch.cuda.device(shape.device):
         graphs = Graphs()
-    return lambda m: graphs.replayed if m <= _LAUNCHED else None
+    return lambda m: graphs.replayed if m * shape.n * shape.k <= _LAUNCHED else None
 
 
 def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -262,11 +263,10 @@ def _surpassed(measured: Measured, nbytes: Callable[[str], int]) -> set[str]:
     return {b for b in kinds if any(surpasses(a, b) for a in kinds if a != b)}
 
 
-def _usual(measured: Measured, surpassed: Collection[str]) -> list[list[str]]:
+def _usual(measured: Measured, surpassed: Collection[str]) -> list[tuple[str, ...]]:
     """The routes of a weight without a twin, and with each that a plan may take."""
-    plain = [*measured.plain]
     twins = [c for c in measured.times if c.startswith("twin:") and c not in surpassed]
-    return [plain, *([*plain, choice] for choice in twins)]
+    return [measured.plain, *map(measured.with_twin, twins)]
 
 
 def _around_takeovers(measured: Measured, orders: Sequence[Sequence[str]]) -> list[int]:

@@ -76,7 +76,7 @@ def offers(gpu: Gpu, rank: Rank) -> tuple[dict[Kind, Offered], str]:
         elif in_vllm:
             found_for[kind] = measure.costs(found, measure.forms(_copy_bytes(kind), {"bfloat16": nbytes}), kind.n)
         else:
-            twin = Form("bfloat16", nbytes, (*found.plain, "twin:bfloat16"))
+            twin = Form("bfloat16", nbytes, found.with_twin("twin:bfloat16"))
             found_for[kind] = Costs(found, Form("none", 0, found.plain), (twin,), kind.n)
     return found_for, "measured" if kinds and len(stored) == len(kinds) else "roofline"
 

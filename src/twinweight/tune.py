@@ -90,7 +90,7 @@ def check_shape(shape: Shape, costs: Costs, workload: Workload) -> list[dict[str
     if best := max(costs.options(workload), key=lambda o: o.saved_us, default=None):
         forms += [f for f in costs.forms if f.name == best.name and best.saved_us > 0]
     names = [c for c in choices_of(shape) if any(c in f.choices for f in forms)]
-    ways, wraps = variants(shape, shape.n, names), by_graphs(shape.device)
+    ways, wraps = variants(shape, shape.n, names), by_graphs(shape)
     points = []
     for m in finer(costs.measured):
         times = dict.fromkeys(names, math.inf)

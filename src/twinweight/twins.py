@@ -70,7 +70,7 @@ def costs_of(shape: Shape, crossovers: Crossovers, lossy: Sequence[str] = ()) ->
     """The twins a weight of this shape could have, with the measured times that say what each is worth. lossy: 8-bit kinds."""
     measured = crossovers.get(shape, lossy=lossy)
     twins = tuple(
-        Form(kind, twin.nbytes(kind, shape.n, shape.k, shape.device), (*measured.plain, twin_choice(kind)))
+        Form(kind, twin.nbytes(kind, shape.n, shape.k, shape.device), measured.with_twin(twin_choice(kind)))
         for kind in (*twin.dense_kinds(shape.dtype, shape.device), *lossy)
     )
     return Costs(measured, Form("none", 0, measured.plain), twins, shape.n)
@@ -116,7 +116,7 @@ def set_routes(model: nn.Module, crossovers: Crossovers, mode: Mode) -> None:
         if key not in routes:
             measured = crossovers.get(shape, with_twins=mode != "off", lossy=[kind] if kind in twin.LOSSY else ())
             without = measured.route(_plain(measured, mode))
-            routes[key] = without, measured.route([*measured.plain, twin_choice(kind)]) if kind is not None else without
+            routes[key] = without, measured.route(measured.with_twin(twin_choice(kind))) if kind is not None else without
         linear.route_without_twin, linear.route_with_twin = routes[key]
 
 
