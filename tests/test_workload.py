@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,30 @@ vllm:num_requests_running{rows="64"} 3
 def test_counters_are_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "m").write_text(text)
     assert from_metrics(tmp_path / "m").calls == ((1, 0.25), (2048, 0.75))
+
+
+STEPS = (
+    "".join(
+        f'vllm:iteration_tokens_total_bucket{{engine="{engine}",le="{edge}",model_name="m"}} {total}\n'
+        for engine, totals in (("0", (80, 80, 90, 90, 96, 96)), ("1", (0, 4, 4, 4, 4, 4)))
+        for edge, total in zip(("1.0", "8.0", "16.0", "4096.0", "16384.0", "+Inf"), totals, strict=True)
+    )
+    + 'vllm:iteration_tokens_total_count{engine="0",model_name="m"} 96.0\n'
+)
+
+
+def test_steps_of_vllm_count_before_calls_that_lack_replays(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text(PROMETHEUS + STEPS)
+    assert from_metrics(tmp_path / "m").calls == ((1, 0.8), (4, 0.04), (12, 0.1), (8193, 0.06))
+    (tmp_path / "m").write_text(PROMETHEUS + re.sub(r"} \d+\n", "} 0\n", STEPS))
+    assert from_metrics(tmp_path / "m").calls == ((1, 0.25), (2048, 0.75))
+
+
+def test_steps_of_more_rows_than_a_chunk_were_several(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text(STEPS)
+    calls = dict(from_metrics(tmp_path / "m", chunk=2048).calls)
+    assert calls[2048] / calls[1] == pytest.approx(6 * 8193 / 2048 / 80)
+    assert max(calls) == 2048
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ _LINE = re.compile(
     rf"^twinweight_calls_total\{{(?P<labels>[^}}]*)\}}[ \t]+(?P<value>{_NUMBER})(?:[ \t]+-?[0-9]+)?[ \t]*$", re.MULTILINE
 )
 _ROWS = re.compile(r'\brows="([0-9]+)"')
+_STEPS = re.compile(rf'^vllm:iteration_tokens_total_bucket\{{[^}}]*\ble="({_NUMBER}|\+Inf)"[^}}]*\}}[ \t]+({_NUMBER})', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -65,23 +66,53 @@ class Workload:
         return Workload.of(counts)
 
 
-def from_metrics(file: Path) -> Workload:
-    """What a server saw, from Prometheus text (vLLM's /metrics, lines `twinweight_calls_total{path=...,rows=...} n`) or JSON
-    (`paths.calls` as {"int4@16": 123, ...} or {"int4": {"16": 123}, ...}, by itself or under "calls").
+def from_metrics(file: Path, chunk: int | None = None) -> Workload:
+    """What a server saw, from Prometheus text (vLLM's /metrics) or JSON (`paths.calls` as {"int4@16": 123, ...} or
+    {"int4": {"16": 123}, ...}, by itself or under "calls").
 
-    Counters round rows down to a power of two, and so does the workload: savings are not overstated. Replays of CUDA graphs
-    are not counted. Raises ConfigError where the file holds no such counter.
+    Of Prometheus text vLLM's own histogram of tokens a step counts, `vllm:iteration_tokens_total`: replays of CUDA graphs are in
+    it, and warming up is not. A step stands for the (geometric) middle of its bucket. vLLM counts a prompt in the step that ends
+    it; chunk: the most rows a step, several of which a larger one was. A server without that histogram, or before its first
+    step, has `twinweight_calls_total{path=...,rows=...}`, which round rows down to a power of two and lack replays.
+    Raises ConfigError where the file holds none of these.
     """
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read metrics from {file}: {error}") from error
-    counts = _json_counts(text, file) if text.lstrip().startswith("{") else _prometheus_counts(text)
+    if text.lstrip().startswith("{"):
+        counts = _json_counts(text, file)
+    else:
+        counts = _in_chunks(_step_counts(text), chunk) or _prometheus_counts(text)
     if not all(m < 1 << 32 and n < math.inf for m, n in counts.items()):
         raise ConfigError(f"{file} holds calls of 2^32 rows or more, or endlessly many")
     if not any(m > 0 and n > 0 for m, n in counts.items()):
         raise ConfigError(f"{file} holds no calls: expected lines of twinweight_calls_total, or JSON like {{'int4@16': 123}}")
     return Workload.of(counts)
+
+
+def _step_counts(text: str) -> dict[int, float]:
+    """Steps by tokens, of all engines. Buckets count what is up to their edge."""
+    up_to: dict[float, float] = {}
+    for edge, value in _STEPS.findall(text):
+        up_to[float(edge)] = up_to.get(float(edge), 0) + float(value)
+    counts: dict[int, float] = {}
+    below, before = 0.0, 0.0
+    for edge, total in sorted(up_to.items()):
+        least = math.floor(below) + 1
+        middle = round(math.sqrt(least * edge)) if edge < math.inf else least
+        if total > before:
+            counts[middle] = counts.get(middle, 0) + total - before
+        below, before = edge, max(before, total)
+    return counts
+
+
+def _in_chunks(steps: Mapping[int, float], chunk: int | None) -> dict[int, float]:
+    counts: dict[int, float] = {}
+    for m, n in steps.items():
+        rows = min(m, chunk or m)
+        counts[rows] = counts.get(rows, 0) + n * m / max(rows, 1)
+    return counts
 
 
 def _prometheus_counts(text: str) -> dict[int, float]:

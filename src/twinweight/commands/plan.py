@@ -43,7 +43,7 @@ def plan(
     chosen = check_mode(mode) if mode is not None else None
     out = Console()
     check_files(json_file, html=html_file, plot=plot)
-    workload = read(from_metrics) if from_metrics is not None else None
+    workload = read(from_metrics, max_num_batched_tokens) if from_metrics is not None else None
     ask = planner.Request(gpu, tp, utilization, max_model_len, kv_floor, max_num_batched_tokens, max_num_seqs, workload)
     result = stamp(planner.plan_model(model, ask))
     out.print(plan_table(result, chosen))

@@ -48,7 +48,7 @@ class Config:
         there.
         """
         if isinstance(self.workload, str):
-            return from_metrics(Path(self.workload))
+            return from_metrics(Path(self.workload), chunk)
         counts = {1: 64.0, 8: 16.0}
         for rows, share in Workload.serving(self.workload or (chunk,), chunk=chunk).calls:
             counts[rows] = counts.get(rows, 0.0) + share
