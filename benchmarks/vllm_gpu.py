@@ -21,10 +21,7 @@ from twinweight import presets
 from twinweight.engines.vllm import arm, bench
 from twinweight.synth_formats import Recipe, quantization_config
 
-PARTS = {
-    "whole": dict.fromkeys((512, 2048, 8192), (1, 8, 32, 64, 128)),
-    "least": {512: (1, 32), 2048: (1, 32), 8192: (1,)},
-}
+POINTS = [(prompt, at_once) for prompt in (512, 2048, 8192) for at_once in (1, 8, 32, 64, 128)]
 OUTPUT_TOKENS = 64
 
 
@@ -52,7 +49,7 @@ def point(text: str) -> tuple[int, int]:
     return int(prompt), int(requests)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     cli = argparse.ArgumentParser(description=__doc__)
     cli.add_argument("out", type=Path)
     cli.add_argument("--model", default="llama-3.1-8b")
@@ -63,12 +60,14 @@ def main() -> None:
     cli.add_argument("--tp", type=int, default=1)
     cli.add_argument("--repeats", type=int, default=3)
     cli.add_argument("--max-model-len", type=int, default=16384)
-    cli.add_argument("--part", choices=PARTS, default="whole", help="of the grid of prompt lengths and concurrencies")
-    cli.add_argument("--points", type=point, nargs="+", help="instead of a part, as PROMPTxREQUESTS: 2048x32 8192x8")
-    a = cli.parse_args()
+    cli.add_argument("--points", type=point, nargs="+", default=POINTS, help="PROMPTxREQUESTS: 2048x32 8192x8; default: all 15")
+    return cli
+
+
+def main() -> None:
+    a = arguments().parse_args()
     set_environment()
-    points = a.points or [(prompt, c) for prompt, cs in PARTS[a.part].items() for c in cs]
-    work = arm.Workload(tuple(points), OUTPUT_TOKENS, a.repeats)
+    work = arm.Workload(tuple(a.points), OUTPUT_TOKENS, a.repeats)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 
     def save(result: dict[str, Any]) -> None:
