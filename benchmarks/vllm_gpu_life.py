@@ -121,11 +121,10 @@ def _copies(worker: Any) -> dict[str, Any]:
 
 def _own_copies(worker: Any) -> dict[str, Any]:
     life, copies = worker.twinweight_report.__self__, _copies(worker)
-    planned = {**life.plan.twins, **life.plan.missed}
     return {
         "for_twins": life.plan.budget.for_twins, "all_twins": sum(k.n * k.k * 2 for k in life.kernels.values()),
         "floor_tokens": life.floor.tokens, "floor_bytes": life.floor.nbytes, "weights": len(life.kernels),
-        "forms": {name: planned[name].name for name in life.built}, "own_copies": len(copies),
+        "forms": {name: built.form for name, built in life.built.items()}, "own_copies": len(copies),
         "exact": all(c["exact"] for c in copies.values()),
         "seconds": life.seconds, **{k: v for k, v in json.loads(life.report()).items() if k in ("calls", "routes")},
     }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,20 @@ def test_a_directory_that_cannot_be_written_is_a_message(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, logger="twinweight"):
         Cache(tmp_path / "file").write(SHAPE, CPU, TIMES)
     assert "not kept" in caplog.text
+
+
+def test_a_directory_that_cannot_be_searched_is_a_message(
+    store: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: Path, *args: object, **kwargs: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    store.write(SHAPE, CPU, TIMES)
+    monkeypatch.setattr(Path, "stat", refused)  # what `exists` and `is_dir` ask
+    with caplog.at_level(logging.WARNING):
+        assert store.read(SHAPE, CPU) is None
+        assert list(store.records()) == []
+    assert caplog.text.count("cannot be read: Permission denied") == 2
 
 
 def test_nothing_half_written_stays(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

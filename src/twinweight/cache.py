@@ -74,7 +74,11 @@ class Cache:
         """What was measured for a shape on this device with these versions; None where there is nothing."""
         key = _key(shape, device, versions)
         file = self._file(key)
-        if not file.exists():
+        try:
+            if not file.exists():
+                return None
+        except OSError as error:  # a directory on the way may not be searched
+            log.warning("%s cannot be read: %s", file, error.strerror)
             return None
         record = _parse(file)
         if record is None:
@@ -103,7 +107,11 @@ class Cache:
 
     def records(self) -> Iterator[Record]:
         """Every measurement there is, of all devices and versions, the newest first."""
-        files = [(f.stat().st_mtime, f) for f in self.directory.glob("*.json")] if self.directory.is_dir() else []
+        try:
+            files = [(f.stat().st_mtime, f) for f in self.directory.glob("*.json")] if self.directory.is_dir() else []
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.directory, error.strerror)
+            return
         for _, file in sorted(files, key=lambda f: (-f[0], f[1])):
             if (record := _parse(file)) is not None:
                 yield record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 # `layer_types` of a config.json, by transformers 5: what keeps a state instead, or nothing, and what keeps a window.
 _STATE = frozenset(("linear_attention", "conv", "mamba"))
@@ -30,3 +31,12 @@ def stateful(kinds: Sequence[str] | None) -> int:
 def windowed(kinds: Sequence[str] | None) -> int:
     """Layers that keep the last tokens alone."""
     return sum(kind in _WINDOW for kind in kinds or ())
+
+
+@dataclass(frozen=True)
+class KVFloor:
+    """tokens: what is never given to twins, in nbytes. per_token: bytes of one more; 0 where the model keeps no KV cache."""
+
+    tokens: int
+    nbytes: int
+    per_token: float

@@ -19,7 +19,9 @@ _LINE = re.compile(
     rf"^twinweight_calls_total\{{(?P<labels>[^}}]*)\}}[ \t]+(?P<value>{_NUMBER})(?:[ \t]+-?[0-9]+)?[ \t]*$", re.MULTILINE
 )
 _ROWS = re.compile(r'\brows="([0-9]+)"')
-_STEPS = re.compile(rf'^vllm:iteration_tokens_total_bucket\{{[^}}]*\ble="({_NUMBER}|\+Inf)"[^}}]*\}}[ \t]+({_NUMBER})', re.MULTILINE)
+_STEPS = re.compile(
+    rf'^vllm:iteration_tokens_total_bucket\{{[^}}]*\ble="({_NUMBER}|\+Inf)"[^}}]*\}}[ \t]+({_NUMBER})', re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def from_metrics(file: Path, chunk: int | None = None) -> Workload:
     """What a server saw, from Prometheus text (vLLM's /metrics) or JSON (`paths.calls` as {"int4@16": 123, ...} or
     {"int4": {"16": 123}, ...}, by itself or under "calls").
 
-    Of Prometheus text vLLM's own histogram of tokens a step counts, `vllm:iteration_tokens_total`: replays of CUDA graphs are in
-    it, and warming up is not. A step stands for the (geometric) middle of its bucket. vLLM counts a prompt in the step that ends
-    it; chunk: the most rows a step, several of which a larger one was. A server without that histogram, or before its first
-    step, has `twinweight_calls_total{path=...,rows=...}`, which round rows down to a power of two and lack replays.
+    Of Prometheus text vLLM's own histogram of tokens a step counts, `vllm:iteration_tokens_total`: replays of CUDA graphs are
+    in it, and warming up is not. A step stands for the (geometric) middle of its bucket. vLLM counts a prompt in the step that
+    ends it; chunk: the most rows a step, several of which a larger one was. A server without that histogram, or before its
+    first step, has `twinweight_calls_total{path=...,rows=...}`, which round rows down to a power of two and lack replays.
     Raises ConfigError where the file holds none of these.
     """
     try:

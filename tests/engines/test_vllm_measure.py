@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from twinweight import crossover
 from twinweight.cache import Cache
 from twinweight.crossover import grid
-from twinweight.engines.vllm import compat, measure
+from twinweight.engines.vllm import compat, measure, own
+from twinweight.kernels.tiles import AmpereTiles, DeviceTraits, HopperTiles, fused_tiles
 from twinweight.measured import Measured
 from twinweight.timing import Timing
 from twinweight.workload import Workload
@@ -33,6 +37,9 @@ def measured(**times: list[float]) -> Measured:
     """At 1, 32, 256, 512 and 1024 rows, in microseconds."""
     rows = {c.replace("twin_", "twin:"): tuple(Timing(t / 1e6, t / 1e6, t / 1e6) for t in ts) for c, ts in times.items()}
     return Measured((1, 32, 256, 512, 1024), rows, N)
+
+
+TIMES = Measured((1, 512), {c: (Timing(1, 1, 1),) * 2 for c in ("int4", "own", "stream", "twin:bfloat16")}, N)
 
 
 def machete() -> Measured:
@@ -119,12 +126,75 @@ def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypa
     assert len(asked) == 2 + 2
 
 
+def test_times_of_layers_that_caches_may_hold_are_for_as_few_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = Cache(tmp_path), []
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "measure", lambda layers, *args: asked.append(len(layers)) or TIMES)
+    monkeypatch.setattr(measure, "grid", lambda device: (1, 512))
+    kind = measure.Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
+    for layers in (2, 2, 3, 6, 9, 2):  # calls rotate over six of such layers on a CPU
+        measure.known_or_measured({kind: [layer("cpu")] * layers}, lambda kernel: [], store)
+    assert asked == [2, 3, 6]
+
+
+def test_times_depend_on_what_inner_kernels_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = set()
+    for value in ("", "0", "1"):
+        monkeypatch.setenv("VLLM_HUMMING_USE_F16_ACCUM", value)
+        kinds.add(measure.kind_of(layer("cpu")))
+    assert len(kinds) == len({json.dumps(kind.key, sort_keys=True) for kind in kinds}) == 3
+    assert len({str(kind) for kind in kinds}) == 1
+
+
+@pytest.mark.parametrize(("group_size", "copy"), [(128, True), (-1, True), (32, True), (16, False), (K, True), (192, False)])
+def test_groups_that_our_kernels_do_not_take_have_no_copy_and_are_timed_all_the_same(group_size: int, copy: bool) -> None:
+    kernel = layer("cuda")
+    kernel.config.group_size = group_size
+    assert own.can_have(kernel) is copy
+    assert [form.name for form in measure.forms_of(kernel, [])] == ["bfloat16", *(["own", "own+bfloat16"] if copy else [])]
+    kernel.device = torch.device("cpu")
+    assert (
+        crossover.variants(measure.shape_of(kernel), N, ["twin:bfloat16"])["twin:bfloat16"](torch.ones(1, K).bfloat16())
+        is not None
+    )
+
+
+H200 = DeviceTraits("nvidia", 32, 132, 232448, rounds_bf16=True, ptx=True, wgmma=True, gluon=True)
+SHAPES = (
+    (4096, 4096), (4096, 14336), (28672, 4096), (8192, 8192), (51200, 5120), (5120, 25600), (2048, 2048), (16384, 2048),
+    (3584, 18944), (896, 4864), (1536, 8960), (9728, 896),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_no_prompt_waits_for_a_kernel_that_was_not_compiled_ahead(n: int, k: int, zeros: bool) -> None:
+    """On Hopper, whose tiles have the most forms."""
+
+    def kernel(m: int) -> tuple[object, ...]:
+        t = fused_tiles(m, n, k, 128, H200, zeros)
+        tiles = -(-m // t.rows) * -(-n // t.block_n)
+        if isinstance(t, HopperTiles):
+            return t.block_m, t.more_m, t.block_n, t.split_k > 1 and tiles > t.whole, t.group_n, t.num_warps, t.registers
+        if isinstance(t, AmpereTiles):
+            return dataclasses.astuple(dataclasses.replace(t, split_k=min(t.split_k, 2)))
+        return dataclasses.astuple(t)
+
+    ahead = {kernel(m) for m in own.sizes(16384)}
+    assert {kernel(m) for m in (*range(1, 1100), *range(1100, 16385, 37))} <= ahead
+
+
+def test_what_is_compiled_ahead_ends_with_the_most_rows_of_a_step() -> None:
+    assert own.sizes(2048) == [m for m in own.SIZES if m <= 2048 + 64]
+    assert own.sizes(1 << 20) == list(own.SIZES)
+
+
 def test_kernels_of_all_kinds_are_compiled_before_the_first_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(compat, "version", lambda: "0.0")
     monkeypatch.setattr(measure, "measure", lambda *args: seen.append("timed"))
     monkeypatch.setattr(measure, "compile_together", lambda calls: seen.extend(f"{call.args[0]}" for call in calls))
-    monkeypatch.setattr(measure, "_launches", lambda kernel: iter([measure.partial(print, kernel.n)]))
+    monkeypatch.setattr(measure, "_launches", lambda kernel, most: iter([measure.partial(print, kernel.n)]))
     kinds = [measure.Kind(n, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner") for n in (N, 2 * N)]
     measure.known_or_measured({kind: [layer("meta")] for kind in kinds}, lambda kernel: [], None)
     assert seen == [str(N), str(N), "timed", "timed"]

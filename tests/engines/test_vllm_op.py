@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from tests.helpers import random_weight
 from twinweight.engines.vllm import build, op, own
-from twinweight.kernels import backend_for
+from twinweight.kernels import backend_for, gpu
 from twinweight.paths import Path, Route
 
 N, K = 128, 128
@@ -77,6 +79,76 @@ def test_our_kernels_agree_with_the_inner_one_on_every_path_of_the_route() -> No
     kernel.inner_calls = 0
     assert own.agrees(kernel)
     assert kernel.inner_calls == 7 + 2  # of 1 to 7 rows and of 16 and 24
+
+
+def test_a_kernel_of_ours_that_does_not_run_is_found(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    kernel: Any = Permuting(own=True, twin=False)
+    kernel.route = ROUTE.flat()
+
+    def broken(*args: object) -> Tensor:
+        raise NotImplementedError("no such instruction")
+
+    monkeypatch.setattr(own, "int4_path", broken)
+    assert not own.agrees(kernel)
+    assert "int4 does not run with 1 rows" in caplog.text
+
+
+def test_a_copy_with_zero_points_takes_weights_that_need_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory that sleeping threw away holds looks like that, too."""
+    asymmetric, symmetric = (backend_for(CPU).prepare(random_weight(N, K, 64, symmetric=s)) for s in (False, True))
+    as_gpu = dataclasses.replace(asymmetric, zeros=torch.full((N, K // 64), 3, dtype=torch.int16))
+    kernel: Any = SimpleNamespace(own=as_gpu, device=torch.device("cuda"))
+    monkeypatch.setattr(own, "make", lambda kernel: dataclasses.replace(symmetric, scales=as_gpu.scales * 2))
+    address = as_gpu.packed.data_ptr()
+    own.refill(kernel)
+    assert kernel.own is as_gpu
+    assert as_gpu.packed.data_ptr() == address
+    assert torch.equal(as_gpu.packed, symmetric.packed)
+    assert (as_gpu.zeros == 8).all()
+    kernel.own = symmetric
+    monkeypatch.setattr(own, "make", lambda kernel: as_gpu)
+    with pytest.raises(RuntimeError, match="start the server anew"):
+        own.refill(kernel)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("found", [False, True], ids=["found symmetric", "found zero points"])
+def test_a_copy_on_a_gpu_is_written_where_it_was_allocated(asked: bool, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu.prepare(random_weight(N, K, 64, symmetric=not found))
+    config = SimpleNamespace(zero_points=asked, group_size=64)
+    kernel: Any = SimpleNamespace(own=None, n=N, k=K, dtype=torch.bfloat16, device=torch.device("cuda"), config=config)
+    monkeypatch.setattr(own.gpu, "empty", functools.partial(as_if_on_a_gpu, gpu.empty))
+    monkeypatch.setattr(own, "make", lambda kernel: made)
+    own.allocate(kernel)
+    place = kernel.own.packed
+    assert kernel.own.nbytes == gpu.weight_bytes(N, K, 64, False, not asked)
+    assert own.fill(kernel) is (asked or not found)
+    if asked or not found:
+        assert kernel.own.packed is place
+        dense, expected = torch.empty(N, K, dtype=torch.bfloat16), torch.empty(N, K, dtype=torch.bfloat16)
+        gpu.expand(kernel.own, dense)
+        gpu.expand(made, expected)
+        assert torch.equal(dense, expected)
+    monkeypatch.setattr(own, "make", lambda kernel: None)
+    assert not own.fill(kernel)
+    assert kernel.own is None
+
+
+def as_if_on_a_gpu(empty: Any, n: int, k: int, group: int, dtype: torch.dtype, device: object, *, symmetric: bool) -> Any:
+    return empty(n, k, group, dtype, CPU, symmetric=symmetric)
+
+
+def test_a_copy_that_new_weights_do_not_fit_goes_on_a_cpu_and_its_twin_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel: Any = Permuting(own=True, twin=True)
+    monkeypatch.setattr(own, "make", lambda kernel: None)
+    own.refill(kernel)
+    assert kernel.own is None
+    assert kernel.twin is not None
+    kernel.route = ROUTE.flat()
+    for m, inner in ((1, 1), (16, 1), (32, 0)):
+        kernel.inner_calls = 0
+        op.run(kernel, torch.randn(m, K).to(torch.bfloat16), None)
+        assert kernel.inner_calls == inner
 
 
 @pytest.mark.parametrize("path", [Path.INT4, Path.STREAM])

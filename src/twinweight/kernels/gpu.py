@@ -28,6 +28,14 @@ def prepare(weight: Int4Weight) -> KernelWeight:
     return KernelWeight(packed, scales, zeros, perm, weight.group_size, n, k)
 
 
+def empty(n: int, k: int, group_size: int, dtype: torch.dtype, device: torch.device, *, symmetric: bool) -> KernelWeight:
+    """Uninitialised, what `prepare` returns for a weight without act-order; dtype: of the scales."""
+    packed = torch.empty((padded_rows(n), padded_words(k)), dtype=torch.int32, device=device)
+    shape = (n, k // group_size)
+    zeros = None if symmetric else torch.empty(shape, dtype=torch.int16, device=device)
+    return KernelWeight(packed, torch.empty(shape, dtype=dtype, device=device), zeros, None, group_size, n, k)
+
+
 def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weight:
     """The `Int4Weight` that `prepare` took."""
     packed = from_kernel_order(w.packed, w.n, w.k, w.perm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,11 +35,6 @@ class KernelWeight:
         """Bytes of all its tensors."""
         tensors = (self.packed, self.scales, self.zeros, self.perm)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-    def clone(self) -> KernelWeight:
-        """A copy in memory of its own."""
-        zeros, perm = (None if t is None else t.clone() for t in (self.zeros, self.perm))
-        return replace(self, packed=self.packed.clone(), scales=self.scales.clone(), zeros=zeros, perm=perm)
 
 
 def group_order(weight: Int4Weight) -> Tensor | None:

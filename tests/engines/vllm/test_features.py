@@ -27,6 +27,15 @@ def test_other_formats_have_twins_and_give_the_tokens_of_compressed_tensors(form
     assert_same_tokens(OFF_RUN, job)
 
 
+def test_groups_that_our_kernels_do_not_take_are_measured_without_them() -> None:
+    job = Job(short(group_size=16), json.dumps({"twinweight": {"mode": "soft"}}))
+    report = result(job)["reports"][0][0]
+    assert report["copies"] == 0
+    assert "could not time" not in result(job)["log"]
+    assert all("stream" not in route for route in report["routes"].values())
+    assert_same_tokens(OFF_RUN, job)
+
+
 def test_w8a16_has_no_kernel_on_a_cpu_with_the_plugin_or_without() -> None:
     found = attempt(Job(short_w8(), ON))
     assert "CPUWNA16 requires" in found["error"] or "not supported by CPUWNA16" in found["error"], found["error"]

@@ -16,9 +16,9 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 
-from twinweight.engines.vllm import build, compat
+from twinweight.engines.vllm import build, compat, own, telling
 from twinweight.engines.vllm.config import Config
-from twinweight.engines.vllm.life import Life
+from twinweight.engines.vllm.life import Built, Life
 from twinweight.errors import BudgetError
 from twinweight.paths import Path, Route
 from twinweight.plan import Budget, Mode, Plan, TwinOption
@@ -31,9 +31,11 @@ class FakeKernel:
         self.twin: object = object()
         self.own: object = None
         self.fresh = True
+        self.device = torch.device("cpu")
+        self.route: list[int] = []
 
     def drop(self) -> None:
-        self.twin = None
+        self.twin = self.own = None
 
 
 @pytest.fixture
@@ -52,8 +54,9 @@ def life(mode: Mode = "soft", fixed: int | None = None) -> Life:
     )
     found = Life(worker, Config(mode))
     kernels: Any = {name: FakeKernel() for name in "abc"}
-    found.kernels, found.built = kernels, ["a", "b", "c"]
+    found.kernels = kernels
     twins = {name: TwinOption("bfloat16", nbytes * MIB, 1.0) for name, nbytes in zip("abc", (1, 2, 4), strict=True)}
+    found.built = {name: Built("bfloat16", twin.nbytes) for name, twin in twins.items()}
     found.plan = Plan(mode, Budget(1 << 30, 1 << 30), twins, {})
     found.floor = compat.KVFloor(tokens=10, nbytes=10 * MIB, per_token=MIB)
     return found
@@ -67,7 +70,7 @@ def life(mode: Mode = "soft", fixed: int | None = None) -> Life:
 def test_twins_make_room_for_the_kv_floor_least_valuable_first(available: int, expected: int, kept: str) -> None:
     found = life()
     assert found._size(lambda: available * MIB) == expected * MIB
-    assert found.built == list(kept)
+    assert list(found.built) == list(kept)
     assert [name for name, k in found.kernels.items() if k.twin is not None] == list(kept)
     freed = sum({"a": 1, "b": 2, "c": 4}[n] for n in "abc" if n not in kept)
     assert found.worker.model_runner.model_memory_usage == (100 - freed) * MIB
@@ -88,7 +91,7 @@ def test_twins_leave_room_for_a_fixed_kv_cache_on_a_cpu_before_vllm_looks(
     held = {"a": 1, "b": 2, "c": 4}
     monkeypatch.setattr(compat, "free_memory", lambda worker: free * MIB)
     assert found._size(lambda: 4 * MIB) == 4 * MIB  # what the user said is what vLLM gets
-    assert found.built == list(kept)
+    assert list(found.built) == list(kept)
     assert free + sum(held[n] for n in "abc" if n not in kept) >= 4 or not kept
 
 
@@ -102,9 +105,10 @@ def test_twins_leave_room_for_a_fixed_kv_cache_and_activations_on_a_gpu(
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
     monkeypatch.setattr(compat, "free_memory", lambda worker: free * MIB)
     monkeypatch.setattr(compat, "forward_peak", lambda worker: nullcontext(lambda: 3 * MIB))
+    monkeypatch.setattr(compat, "trim_pool", lambda worker: None)
     monkeypatch.setattr(compat, "graphs_bytes", lambda worker: 2 * MIB)
     assert found._size(lambda: 4 * MIB) == 4 * MIB
-    assert found.built == list(kept)
+    assert list(found.built) == list(kept)
 
 
 def test_own_copies_are_not_counted_as_twins() -> None:
@@ -112,11 +116,11 @@ def test_own_copies_are_not_counted_as_twins() -> None:
     found.kernels["a"].own = found.kernels["b"].own = object()  # type: ignore[assignment]
     found.kernels["b"].twin = None
     assert {key: found.status()[key] for key in ("twins", "copies", "missed")} == {"twins": 2, "copies": 2, "missed": 0}
-    assert found._held() == "2 twins and 2 int4 copies"
+    assert telling.built(found) == "2 twins and 2 int4 copies"
     found._keep(1)
     assert (found.status()["twins"], found.status()["copies"]) == (1, 1)
-    del found.built[0]
-    assert found._held() == "0 twins"
+    del found.built["a"]
+    assert telling.built(found) == "0 twins"
 
 
 @pytest.mark.parametrize("elsewhere", [[], ["wide"]])
@@ -124,27 +128,143 @@ def test_copies_that_compute_something_else_go_on_all_ranks_and_their_twins_stay
     elsewhere: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from twinweight.engines.vllm import life as module
-    from twinweight.engines.vllm import own
     from twinweight.engines.vllm.kernel import TwinLinearKernel
 
     found = life()
     forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
-    found.plan = replace(found.plan, twins={n: replace(found.plan.twins[n], name=form) for n, form in forms.items()})
+    found.built = {name: replace(found.built[name], form=form) for name, form in forms.items()}
     for name, kind in {"a": "wide", "b": "wide", "c": "tall"}.items():
         kernel: Any = TwinLinearKernel.__new__(TwinLinearKernel)
         kernel.kind, kernel.own, kernel.twin = kind, object(), object() if name == "a" else None
         kernel.route = [0, Path.INT4, 64, Path.FUSED, *([128, Path.TWIN] if name == "a" else [])]
         found.kernels[name] = kernel
     monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
-    monkeypatch.setattr(compat, "gather", lambda value: [value, set(elsewhere)])
+    monkeypatch.setattr(compat, "gather", lambda value: [value, set(elsewhere) if isinstance(value, set) else value])
+    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+    monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
     monkeypatch.setattr(found, "_route", lambda kernel, form: {"bfloat16": Route((0, 128), (Path.INT4, Path.TWIN))}[form])
-    monkeypatch.setattr(own, "compile_paths", lambda kernels: None)
+    monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
     monkeypatch.setattr(own, "agrees", lambda kernel: bool(elsewhere) or kernel.kind != "wide")
     found._try_copies()
-    assert found.built == ["a", "c"]
+    assert found.built == {"a": Built("bfloat16", 7), "c": Built("own", 9)}
     assert {name: k.own is not None for name, k in found.kernels.items()} == {"a": False, "b": False, "c": True}
     assert [found.kernels[n].route for n in "ab"] == [[0, Path.INT4, 128, Path.TWIN], [0, Path.INT4]]
     assert "something else than wide;" in caplog.text
+
+
+def test_what_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the others would wait for it in the next exchange until that times out."""
+    found, told = life(), []
+    monkeypatch.setattr(compat, "rank", lambda: 1)
+    monkeypatch.setattr(compat, "gather", lambda value: told.append(value) or [value, True])
+    with pytest.raises(RuntimeError, match="rank 1 failed"):
+        found._size(lambda: 9 * MIB)
+    assert told == [False]
+
+    def short() -> int:
+        raise ValueError("Available memory on node 1 is less than requested")
+
+    for method in (found._size, found._load):
+        with pytest.raises(ValueError, match="on node 1"):
+            method(short)
+    assert told == [False, True, True]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_timing_that_fails_in_any_way_leaves_int4(
+    mode: Mode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from twinweight.engines.vllm import life as module
+
+    def broken(*args: object) -> None:
+        raise StopIteration
+
+    found = life(mode)
+    monkeypatch.setattr(compat, "rank", lambda: 0)
+    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+    monkeypatch.setattr(module, "kind_of", lambda kernel: "kind")
+    monkeypatch.setattr(module.measure, "known_or_measured", broken)
+    with nullcontext() if mode == "soft" else pytest.raises(BudgetError, match="could not be timed"):
+        assert found._measure() == {}
+    assert "could not time the kernels" in caplog.text
+
+
+@pytest.mark.usefixtures("alone")
+def test_only_what_is_really_there_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy that would not be exact is not made, nor an 8-bit twin of a weight that cannot be read back."""
+    found = life()
+    forms = {"a": "own+bfloat16", "b": "own", "c": "fp8-exact"}
+    found.plan = Plan("soft", Budget(1 << 30, 1 << 30), {n: TwinOption(form, 9 * MIB, 1.0) for n, form in forms.items()}, {})
+
+    def fill(kernel: Any) -> None:
+        if kernel is found.kernels["c"]:
+            raise build.Unreadable("the int4 weight behind Inner cannot be read back")
+
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
+    monkeypatch.setattr(own, "fill", lambda kernel: False)
+    monkeypatch.setattr(own, "held_bytes", lambda kernel: 4 * MIB)
+    monkeypatch.setattr(build, "allocate", lambda kernel, kind: None)
+    monkeypatch.setattr(build, "fill", fill)
+    monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
+    found._build()
+    assert found.built == {"a": Built("bfloat16", 4 * MIB)}
+    assert {key: found.status()[key] for key in ("twins", "missed", "bytes")} == {"twins": 1, "missed": 2, "bytes": 4 * MIB}
+    assert [found.kernels[name].twin for name in "bc"] == [None, None]
+    assert "no fp8-exact twin: the int4 weight behind Inner cannot be read back" in caplog.text
+    assert found._make_room(1) == 4 * MIB
+
+
+def test_ranks_keep_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = life()
+    mine, theirs = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}, {"a": "bfloat16", "c": "bfloat16"}
+    sizes = {"a": 5, "c": 6}
+    monkeypatch.setattr(compat, "gather", lambda value: [value, theirs if "b" in value else sizes])
+    monkeypatch.setattr(own, "held_bytes", lambda kernel: 7)
+    monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
+    for name in "ab":
+        found.kernels[name].own = object()  # type: ignore[assignment]
+    found._keep_common(mine)
+    assert found.built == {"a": Built("bfloat16", 5), "c": Built("bfloat16", 6)}
+    assert [found.kernels[name].own for name in "abc"] == [None] * 3
+    assert found.kernels["b"].twin is None
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_weights_that_sleep_threw_away_are_read_once_they_are_reloaded(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, seen = life(), []
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(compat, "wakes_alone", lambda: True)
+    monkeypatch.setattr(found, "_refill", lambda: seen.append("refilled"))
+    found._sleep(lambda level: None, level=level)
+    found._wake(lambda tags: None, ["weights"])
+    assert seen == ["refilled"] * (level == 1)
+    assert not found.asleep
+    found._reload(lambda: None)
+    assert seen == ["refilled"] * (3 - level)
+    found._sleep(lambda level: None, 1)
+    found._wake(lambda tags: None, None)
+    assert len(seen) == 4 - level
+
+
+def test_a_refill_that_fails_leaves_a_worker_asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next wake tries again: what was mapped anew and not written must not serve."""
+    found, seen = life(), []
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(compat, "wakes_alone", lambda: True)
+
+    def refill() -> None:
+        seen.append("tried")
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(found, "_refill", refill)
+    found._sleep(lambda level: None, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        found._wake(lambda tags: None)
+    found._wake(lambda tags: None)
+    assert seen == ["tried", "tried"]
+    assert not found.asleep
 
 
 @pytest.mark.parametrize(("tags", "gone"), [(("kv_cache",), False), (("weights",), True), (("weights", "kv_cache"), True)])
@@ -231,6 +351,29 @@ def test_no_pool_of_twins_dies_while_another_is_in_use(monkeypatch: pytest.Monke
     assert len(allocator.allocator_and_pools) == 4
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["0.26", "0.32"])
+def test_memory_of_dropped_twins_goes_back_to_the_device(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.device_allocator
+    import vllm.device_allocator.cumem as cumem
+
+    segments = [{"address": 1, "allocated_size": 0}, {"address": 2, "allocated_size": 5}, {"address": 3, "allocated_size": 0}]
+    one = (SimpleNamespace(snapshot=lambda: segments), "its allocator")
+    handles = {1: "first", 2: "second"}  # 3 is trimmed already
+    allocator = SimpleNamespace(
+        allocator_and_pools={compat.POOL: [one] if several else one, "weights": "others"}, pointer_to_data=handles,
+        _python_free_callback=handles.pop,
+    )  # fmt: skip
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(enable_cumem_allocator=True)))
+    unmapped: list[str] = []
+    monkeypatch.setattr(vllm.device_allocator, "get_mem_allocator_instance", lambda: allocator, raising=False)
+    monkeypatch.setattr(cumem, "unmap_and_release", unmapped.append)
+    compat.trim_pool(worker)
+    assert unmapped == ["first"]
+    assert handles == {2: "second"}
+    worker.vllm_config.model_config.enable_cumem_allocator = False
+    compat.trim_pool(worker)
+
+
 @pytest.mark.usefixtures("alone")
 def test_all_twins_share_one_pool_and_those_after_the_last_that_fits_stay_int4(monkeypatch: pytest.MonkeyPatch) -> None:
     found, entered = life(), []
@@ -248,11 +391,12 @@ def test_all_twins_share_one_pool_and_those_after_the_last_that_fits_stay_int4(m
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
     monkeypatch.setattr(build, "allocate", allocate)
     monkeypatch.setattr(build, "fill", lambda kernel: None)
+    monkeypatch.setattr(own, "held_bytes", lambda kernel: 5)
     monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
     options = {name: TwinOption("bfloat16", MIB, saved) for name, saved in (("a", 1.0), ("b", 3.0), ("c", 2.0))}
     found.plan = Plan("soft", Budget(1 << 30, 1 << 30), options, {})
     found._build()
-    assert found.built == ["b", "c"]
+    assert found.built == {name: Built("bfloat16", 5) for name in "bc"}
     assert len(entered) == 1
     assert found.kernels["a"].twin is None
 

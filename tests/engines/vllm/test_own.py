@@ -48,7 +48,8 @@ def on() -> Job:
         patch.setattr(torch, "get_num_threads", lambda: 2)  # the server's, by VLLM_CPU_OMP_THREADS_BIND
         for n, k in ((q + 2 * kv, hidden), (hidden, q), (2 * mlp, hidden), (hidden, mlp)):
             kind = Kind(n, k, 128, str(scalar_types.uint4b8), False, False, torch.bfloat16, "CPUWNA16LinearKernel")
-            Cache(CACHE).write(kind.key, torch.device("cpu"), Measured(MS, times, n), vllm=compat.version())
+            key = kind.key | {"layers": config["num_hidden_layers"]}  # too few for calls to rotate over
+            Cache(CACHE).write(key, torch.device("cpu"), Measured(MS, times, n), vllm=compat.version())
     soft = json.dumps({"twinweight": {"mode": "soft"}})
     return Job(MODEL, soft, reload=(MODEL,), environ=((VARIABLE, str(CACHE)),))
 

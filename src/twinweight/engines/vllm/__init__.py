@@ -42,7 +42,7 @@ def _start(worker: object, vllm_config: object) -> None:
     if config.mode != "off" and not compat.known():
         compat.warn_unknown()
     elif config.mode != "off" and compat.allows_twins(vllm_config):
-        compat.remember_active(vllm_config, config.mode)
+        compat.remember_active(vllm_config, config.as_dict())
         from twinweight.engines.vllm.life import Life
 
         Life(worker, config).follow()

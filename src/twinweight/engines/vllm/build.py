@@ -15,6 +15,10 @@ _CHECKED = 8  # identity rows that check an unpacked twin, spread over K
 _UNPACKED = 1 << 22  # weights expanded at a time: 40 MiB of temporaries
 
 
+class Unreadable(RuntimeError):
+    """An 8-bit twin cannot be made of what the inner kernel computes."""
+
+
 def transient_bytes(n: int, k: int, *, lossy: bool = False) -> int:
     """Peak of temporaries while a twin [n, k] is filled: identity rows and their product, or a part unpacked; for an 8-bit one
     the dense weight besides, and its integers one a byte, twice, and packed.
@@ -34,7 +38,7 @@ def allocate(kernel: Wrapped, kind: str | None) -> None:
 
 @torch.inference_mode()
 def fill(kernel: Wrapped) -> None:
-    """Write the twin and the bias, those that there are, in place from the layer's current weights. Raises RuntimeError where
+    """Write the twin and the bias, those that there are, in place from the layer's current weights. Raises Unreadable where
     an 8-bit twin cannot be made of them.
     """
     twin = kernel.twin
@@ -56,7 +60,7 @@ def _source(kernel: Wrapped, kind: str) -> KernelWeight | Tensor:
         return identity.dense(kernel)
     weight = own.make(kernel, exact=False)
     if weight is None:
-        raise RuntimeError(f"the int4 weight behind {type(kernel.inner).__name__} cannot be read back")
+        raise Unreadable(f"the int4 weight behind {type(kernel.inner).__name__} cannot be read back")
     return weight
 
 

@@ -11,14 +11,14 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import torch
 
 from twinweight import reserves
+from twinweight.kv_cache import KVFloor
 from twinweight.memory import read_memory
 from twinweight.plan import Budget
 
@@ -33,18 +33,14 @@ _choosing = threading.local()
 
 def known() -> bool:
     """Whether this vLLM is one of those that were read."""
-    import vllm
-
-    found = re.match(r"(\d+)\.(\d+)", str(vllm.__version__))
+    found = re.match(r"(\d+)\.(\d+)", version())
     return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
 
 
 @functools.cache
 def warn_unknown() -> None:
     """Say once why nothing happens."""
-    import vllm
-
-    log.warning("Twinweight knows vLLM %d.%d to %d.%d and stays off in %s", *OLDEST, *NEWEST, vllm.__version__)
+    log.warning("Twinweight knows vLLM %d.%d to %d.%d and stays off in %s", *OLDEST, *NEWEST, version())
 
 
 # --- start-up ---
@@ -75,13 +71,11 @@ def additional_config(vllm_config: Any) -> object:
     return vllm_config.additional_config
 
 
-def remember_active(vllm_config: Any, mode: str) -> None:
-    """Put the mode where vLLM's hash of a configuration sees it: compiled graphs and a start-up plan of a run without twins
-    are not for one with them.
-    """
+def remember_active(vllm_config: Any, settings: dict[str, Any]) -> None:
+    """Put the settings where vLLM's hash of a configuration sees them, for compiled graphs and start-up plans of others."""
     given = vllm_config.additional_config
     if isinstance(given, dict):
-        given.setdefault(POOL, {}).setdefault("mode", mode)
+        given[POOL] = {**settings, **given.get(POOL, {})}
 
 
 def allows_twins(vllm_config: Any) -> bool:
@@ -201,15 +195,6 @@ def apply(layer: Any, x: torch.Tensor) -> torch.Tensor:
 # --- memory ---
 
 
-@dataclass(frozen=True)
-class KVFloor:
-    """tokens: what is never given to twins, in nbytes. per_token: bytes of one more; 0 where the model keeps no KV cache."""
-
-    tokens: int
-    nbytes: int
-    per_token: float
-
-
 def kv_floor(worker: Any, tokens: int | None) -> KVFloor:
     """The floor of one worker: `tokens`, but at least max_model_len, without which vLLM does not start."""
     specs = list(worker.get_kv_cache_spec().values())
@@ -251,12 +236,9 @@ def budget(worker: Any, floor: int, transient: int, reserves: tuple[tuple[str, i
     device = device_of(worker)
     if device.type == "cpu":
         total = round(worker.requested_cpu_memory / utilization)
-        used = psutil.Process(os.getpid()).memory_info().rss
-        available = read_memory(device).free // worker.vllm_config.parallel_config.world_size
+        used, available = psutil.Process(os.getpid()).memory_info().rss, free_memory(worker)
     else:
-        total = round(worker.requested_memory / utilization)
-        memory_in_use(worker)  # gives memory that torch keeps from loading and measuring back to the device
-        available = read_memory(device).free
+        total, available = round(worker.requested_memory / utilization), free_memory(worker)
         used = worker.init_snapshot.free_memory - available
     kept = round(total * (1 - utilization))
     free = max(0, min(total - used, available + kept))
@@ -280,10 +262,16 @@ def memory_in_use(worker: Any) -> int:
 
 
 def free_memory(worker: Any) -> int:
-    """Bytes that this worker may still take: on a CPU its share of what all ranks of a node see."""
+    """Bytes that this worker may still take: on a CPU its share of what all ranks see, of the machine or their memory node."""
     memory_in_use(worker)  # gives memory that torch keeps back to the device
     free = read_memory(device_of(worker)).free
-    return free // worker.vllm_config.parallel_config.world_size if device_of(worker).type == "cpu" else free
+    if device_of(worker).type != "cpu":
+        return free
+    with suppress(ImportError):  # a vLLM that does not look at nodes
+        from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+        free = min(free, int(get_memory_node_info(get_allowed_cpu_list()[0].numa_node).available_memory))
+    return free // int(worker.vllm_config.parallel_config.world_size)
 
 
 @contextmanager
@@ -302,6 +290,8 @@ def charge(worker: Any, nbytes: int) -> None:
     """Count bytes as weights, so that the KV cache is sized after them."""
     if hasattr(worker.model_runner, "model_memory_usage"):
         worker.model_runner.model_memory_usage += nbytes
+    if hasattr(worker, "total_consumed"):  # of which a start-up plan is made
+        worker.total_consumed += nbytes
 
 
 def set_available(worker: Any, nbytes: int) -> None:
@@ -319,13 +309,10 @@ def pool(worker: Any) -> Iterator[None]:
     if device_of(worker).type == "cpu":
         yield
         return
-    if getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
-        from vllm.device_allocator import get_mem_allocator_instance
-
-        # 0.26 knows one pool a tag and destroys it inside of the next one's context, which PyTorch does not survive.
-        pools = getattr(get_mem_allocator_instance(), "allocator_and_pools", {})
-        if isinstance(pools.get(POOL), tuple):
-            pools[f"{POOL} {len(pools)}"] = pools[POOL]
+    # 0.26 knows one pool a tag and destroys it inside of the next one's context, which PyTorch does not survive.
+    pools = getattr(_allocator(worker), "allocator_and_pools", {})
+    if isinstance(pools.get(POOL), tuple):
+        pools[f"{POOL} {len(pools)}"] = pools[POOL]
     with worker._maybe_get_memory_pool_context(tag=POOL):
         yield
 
@@ -339,10 +326,28 @@ def wakes_alone() -> bool:
 
 def wake_pool(worker: Any) -> None:
     """Map the twins' memory again, where `wake_up` did not."""
-    if getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
-        from vllm.device_allocator import get_mem_allocator_instance
+    if (allocator := _allocator(worker)) is not None:
+        allocator.wake_up([POOL])
 
-        get_mem_allocator_instance().wake_up([POOL])
+
+def trim_pool(worker: Any) -> None:
+    """Give the memory of dropped twins back to the device, where sleep mode is on: as vLLM trims a pool that it left."""
+    found = getattr(allocator := _allocator(worker), "allocator_and_pools", {}).get(POOL, [])
+    for pool, *_ in [found] if isinstance(found, tuple) else found:
+        from vllm.device_allocator.cumem import unmap_and_release
+
+        for segment in pool.snapshot():
+            if segment["allocated_size"] == 0 and segment["address"] in allocator.pointer_to_data:
+                unmap_and_release(allocator._python_free_callback(segment["address"]))
+
+
+def _allocator(worker: Any) -> Any:
+    """vLLM's allocator of memory that sleeps, where there is one."""
+    if not getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
+        return None
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    return get_mem_allocator_instance()
 
 
 # --- the group ---
@@ -377,12 +382,6 @@ def version() -> str:
     import vllm
 
     return str(vllm.__version__)
-
-
-def cpu_heads(worker: Any) -> list[Any]:
-    """Dense output heads on CPUs; their product, `cpu_linear(x, weight, bias)`, is an attribute."""
-    named = worker.model_runner.get_model().named_modules(remove_duplicate=False)  # a tied one is an embedding, too
-    return [m for name, m in named if name.rpartition(".")[2] == "lm_head" and hasattr(m, "cpu_linear")]
 
 
 def draft_rows(worker: Any) -> int:

@@ -42,6 +42,11 @@ class Config:
     crossover: int | None = None
     workload: tuple[int, ...] | str | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are set, as JSON."""
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
     def planned_for(self, chunk: int) -> Workload:
         """What twins are chosen for, where steps have `chunk` rows at most. Prompts come with decode steps of one and of 8
         requests, which only count where something serves them faster than the inner kernel: an own copy, or a twin that wins

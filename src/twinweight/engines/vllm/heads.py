@@ -13,6 +13,12 @@ from twinweight import one_row
 log = logging.getLogger("vllm.twinweight")
 
 
+def of(worker: Any) -> list[Any]:
+    """Dense output heads on CPUs; their product, `cpu_linear(x, weight, bias)`, is an attribute."""
+    named = worker.model_runner.get_model().named_modules(remove_duplicate=False)  # a tied one is an embedding, too
+    return [m for name, m in named if name.rpartition(".")[2] == "lm_head" and hasattr(m, "cpu_linear")]
+
+
 def quicken(heads: list[Any]) -> None:
     """Choose by measurement how each head multiplies a single row. To be called again after a reload, which puts vLLM's
     product back.

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from twinweight import cache, paths
-from twinweight.engines.vllm import build, compat, heads, measure, metrics, own
+from twinweight import cache
+from twinweight.engines.vllm import build, compat, heads, measure, metrics, own, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
 from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
-from twinweight.measured import Costs, Measured
+from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory
-from twinweight.paths import Path, Route
-from twinweight.plan import GIB, MARGIN, Plan, plan
+from twinweight.paths import Route
+from twinweight.plan import GIB, Plan, plan
 from twinweight.twins import lossy_kinds
-from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")
 
 Wanted = tuple[str, str]
 """A layer's name and the form it is to have (`measured.Form.name`)."""
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a layer has besides its own weight: its form, and bytes (the least that any rank has)."""
+
+    form: str
+    nbytes: int
+
 
 class Life:
-    """Follows one worker object. built: names of layers with a twin, an own copy or both, the most valuable bytes first."""
+    """Follows one worker object. built: the layers with a twin, an own copy or both, the most valuable bytes first.
+    gone: whether sleeping threw the weights away, so that they come back by a reload.
+    """
 
     def __init__(self, worker: Any, config: Config) -> None:
         self.worker = worker
         self.config = config
         self.kernels: dict[str, TwinLinearKernel] = {}
-        self.built: list[str] = []
-        self.asleep = False
+        self.built: dict[str, Built] = {}
+        self.asleep = self.gone = False
         self.kv_fixed = False
 
     def follow(self) -> None:
@@ -59,8 +70,8 @@ class Life:
 
     def _load(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """All weights are in place, and the KV cache is not yet sized: here twins are decided and built."""
-        result = method(*args, **kwargs)
-        self.built = []
+        result = _together(lambda: method(*args, **kwargs))
+        self.built = {}
         started = time.perf_counter()
         with compat.forward_context(self.worker):
             self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
@@ -70,7 +81,7 @@ class Life:
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
             self.plan = self._plan()
             self._build()
-            heads.quicken(compat.cpu_heads(self.worker))
+            heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
         return result
 
@@ -82,8 +93,8 @@ class Life:
             for kernel in self.kernels.values():
                 layers.setdefault(kind_of(kernel), []).append(kernel)
             try:
-                found = measure.known_or_measured(layers, self._lossy, cache.default())
-            except (RuntimeError, MemoryError):
+                found = measure.known_or_measured(layers, self._lossy, cache.default(), compat.chunk(self.worker))
+            except Exception:  # the other ranks wait, and a server can do without
                 log.exception("Twinweight could not time the kernels")
                 found = None
         found = compat.gather(found)[0]
@@ -139,64 +150,102 @@ class Life:
     def _build(self) -> None:
         """Build what is planned, the most valuable bytes first; the group keeps what every rank could build."""
         before = compat.memory_in_use(self.worker)
-        ranked = sorted(((name, o.name, o.saved_us / o.nbytes) for name, o in self.plan.twins.items()), key=lambda t: -t[2])
-        with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
-            ready = self._until_full([(name, form) for name, form, _ in ranked], _allocate)
-        self.built = [name for name, _ in self._until_full(ready, self._fill)]
-        self._keep(min(compat.gather(len(self.built))))
+        ranked = sorted(self.plan.twins.items(), key=lambda item: -item[1].saved_us / item[1].nbytes)
+        made = _together(lambda: self._made([(name, option.name) for name, option in ranked]))
+        self._keep_common(made)
         if compat.device_of(self.worker).type != "cpu":
             self._try_copies()
-        if self.config.mode == "hard" and len(self.built) < len(ranked):
-            raise BudgetError("mode hard: out of memory while building twins", missing=0)
+        if self.config.mode == "hard" and any(o.is_twin and name not in self.built for name, o in ranked):
+            raise BudgetError("mode hard: not all twins could be built, see the log", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
+
+    def _made(self, wanted: list[Wanted]) -> dict[str, str]:
+        with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
+            ready = self._until_full(wanted, _allocate)
+        return dict(self._until_full(ready, self._fill))
+
+    def _keep_common(self, forms: Mapping[str, str]) -> None:
+        """Keep of what this rank built, name -> form, what all did, and count the bytes that are really there."""
+        everywhere = compat.gather(forms)
+        common = {}
+        for name, form in forms.items():
+            others = [found.get(name, "") for found in everywhere]
+            if any(other != form for other in others):  # a copy that is not exact everywhere goes
+                twin = self._without_copy(name, form)
+                form = twin if twin is not None and all(measure.twin_of(other) == twin for other in others) else ""
+            if form:
+                common[name] = form
+            else:
+                self.kernels[name].drop()
+        sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
+        self.built = {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
+
+    def _without_copy(self, name: str, form: str) -> str | None:
+        """The form that is left to a layer, and its route."""
+        kernel, twin = self.kernels[name], measure.twin_of(form)
+        kernel.own = None
+        if twin is not None:
+            kernel.route = self._route(kernel, twin).flat()
+        return twin
 
     def _try_copies(self) -> None:
         """Compile what own copies need, and do without them where our kernels compute something else, on any rank."""
         copies = {name: k for name in self.built if (k := self.kernels[name]).own is not None}
         tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
-        own.compile_paths(tried.values())
+        own.compile_paths(tried.values(), compat.chunk(self.worker))
         wrong = {str(kind) for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
         wrong.update(*compat.gather(wrong))
         if not wrong:
             return
         log.warning("Twinweight: our kernels compute something else than %s; no own copies there", ", ".join(sorted(wrong)))
-        for name, kernel in copies.items():
-            twin = _twin_of(self.plan.twins[name].name)
-            if str(kind_of(kernel)) in wrong and twin is not None:
-                kernel.own, kernel.route = None, self._route(kernel, twin).flat()
-            elif str(kind_of(kernel)) in wrong:
-                kernel.drop()
-                self.built.remove(name)
+        forms = {}
+        for name, built in self.built.items():
+            gone = name in copies and str(kind_of(copies[name])) in wrong
+            if (form := self._without_copy(name, built.form) if gone else built.form) is not None:
+                forms[name] = form
+            else:
+                self.kernels[name].drop()
+        self._keep_common(forms)
 
-    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], None]) -> list[Wanted]:
-        """Those of (name, form) that were made before memory ran out, if it did; the others stay int4."""
+    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], str | None]) -> list[Wanted]:
+        """Those of (name, form) that were made, in the form they got, before memory ran out, if it did; others stay int4."""
+        done: list[Wanted] = []
         for count, (name, form) in enumerate(wanted):
             try:
-                make(self.kernels[name], form)
+                got = make(self.kernels[name], form)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 for rest, _ in wanted[count:]:
                     self.kernels[rest].drop()
                 log.warning("Twinweight: out of memory while building the twin of %s, the rest stays int4", name)
-                return wanted[:count]
-        return wanted
+                break
+            if got is None:
+                self.kernels[name].drop()
+            else:
+                done.append((name, got))
+        return done
 
-    def _fill(self, kernel: TwinLinearKernel, form: str) -> None:
-        """A form is a kind of twin, an own copy, or "own+<kind>"; without the copy where that would not be exact."""
-        made = own.make(kernel) if measure.OWN in form.split("+") else None
-        if made is not None:
-            with compat.pool(self.worker):  # only what stays: making it took temporaries
-                kernel.own = made if kernel.device.type == "cpu" else made.clone()
-        build.fill(kernel)
-        kind = _twin_of(form)
-        if made is not None or kind is not None:
-            kernel.route = self._route(kernel, form if made is not None else str(kind)).flat()
+    def _fill(self, kernel: TwinLinearKernel, form: str) -> str | None:
+        """A form is a kind of twin, an own copy, or "own+<kind>". Returns what could be had: without the copy where that would
+        not be exact, None for nothing.
+        """
+        copied = measure.OWN in form.split("+") and own.fill(kernel)
+        got = form if copied else measure.twin_of(form)
+        if got is None:
+            return None
+        try:
+            build.fill(kernel)
+        except build.Unreadable as error:
+            log.warning("Twinweight: no %s twin: %s", got, error)
+            return None
+        kernel.route = self._route(kernel, got).flat()
+        return got
 
     def _keep(self, count: int) -> None:
-        for name in self.built[count:]:
+        for name in list(self.built)[count:]:
             self.kernels[name].drop()
-        del self.built[count:]
+            del self.built[name]
 
     # --- sizing the KV cache ---
 
@@ -209,7 +258,7 @@ class Life:
         if given is not None and compat.device_of(self.worker).type == "cpu":  # there vLLM looks before it says what it takes
             self._make_room(max(compat.gather(given - compat.free_memory(self.worker))))
         with compat.forward_peak(self.worker) as peak:
-            available = method(*args, **kwargs)
+            available = _together(lambda: method(*args, **kwargs))
         fixed = compat.explicit_kv_bytes(self.worker) is not None
         if not fixed:
             available += self._make_room(max(compat.gather(self.floor.nbytes - available)))
@@ -219,81 +268,30 @@ class Life:
             self._make_room(max(compat.gather(needed - compat.free_memory(self.worker))))
         self.kv_fixed = fixed
         if compat.rank() == 0:
-            self._say(available, fixed)
+            telling.start_up(self, available, fixed=fixed)
         metrics.publish(self.worker, self.status)
         return available
 
     def _make_room(self, short: int) -> int:
         """Drop twins, the least valuable first, until `short` bytes are free. Returns the bytes freed, equal on all ranks."""
-        count, freed = len(self.built), 0
+        sizes, freed = [built.nbytes for built in self.built.values()], 0
+        count = len(sizes)
         while count and freed < short:
             count -= 1
-            freed += self.plan.twins[self.built[count]].nbytes
+            freed += sizes[count]
         if not freed:
             return 0
         if self.config.mode == "hard":
             raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
-        dropped = len(self.built) - count
+        dropped = len(sizes) - count
         self._keep(count)
+        if compat.device_of(self.worker).type != "cpu":
+            compat.trim_pool(self.worker)
         compat.memory_in_use(self.worker)  # gives cached memory back to the device
         compat.charge(self.worker, -freed)
         log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", dropped, freed / GIB,
                     self.floor.tokens)  # fmt: skip
         return freed
-
-    def _say(self, available: int, fixed: bool) -> None:
-        """The one line of a start-up."""
-        planned = {**self.plan.twins, **self.plan.missed}
-        held = sum(planned[name].nbytes for name in self.built)
-        wanted = sum(o.nbytes for o in planned.values())
-        tokens = ""
-        if self.floor.per_token:
-            with_, without = available / self.floor.per_token, (available + (0 if fixed else held)) / self.floor.per_token
-            tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {self.floor.tokens}"
-        routes = "; ".join(f"{kind}: {route}" for kind, route in self.routes().items()) or "no W4A16 layer"
-        log.info(
-            "Twinweight %s: %s built, %d missed, %.3f of %.3f GiB a rank%s%s; measured in %.1f s, built in %.1f s; %s",
-            self.config.mode, self._held(), len(planned) - len(self.built), held / GIB, wanted / GIB, tokens,
-            self._gain(), *self.seconds, routes,
-        )  # fmt: skip
-        if self.plan.missed:
-            budget = self.plan.budget
-            log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
-
-    def _counts(self) -> tuple[int, int]:
-        """Layers with a twin, and with an int4 copy."""
-        built = [self.kernels[name] for name in self.built]
-        return sum(k.twin is not None for k in built), sum(k.own is not None for k in built)
-
-    def _held(self) -> str:
-        twins, copies = self._counts()
-        return f"{twins} twins and {copies} int4 copies" if copies else f"{twins} twins"
-
-    def _gain(self) -> str:
-        """What the twins save in a step of prefill, by the times that were measured; nothing where none were."""
-        rows = max(m for m, _ in self.workload.calls)
-        step, without, with_ = Workload.prefill(rows), 0.0, 0.0
-        for name, kernel in self.kernels.items():
-            offer = self.offers[kind_of(kernel)]
-            if not isinstance(offer, Costs):
-                return ""
-            without += offer.seconds(None, step)
-            form = self.plan.twins[name].name if name in self.built else None
-            with_ += offer.seconds(next((f for f in offer.forms if f.name == form), None), step)
-        if not without:
-            return ""
-        if not self.plan.twins and not self.plan.missed:
-            return f"; no twins: {self.plan.refused or f'none saves {MARGIN:.0%} of the calls that it would serve'}"
-        more = f"; {self.plan.refused}" if self.plan.refused else ""
-        return f"; W4A16 layers of a step of {rows} tokens {without * 1e3:.1f} -> {with_ * 1e3:.1f} ms{more}"
-
-    def routes(self) -> dict[str, str]:
-        """Which rows take which path, by kind of layer; where only some of a kind have a twin, theirs."""
-        found = {str(kind_of(k)): Route.always(Path.INT4) for k in self.kernels.values()}
-        for name in self.built:
-            flat = self.kernels[name].route
-            found[str(kind_of(self.kernels[name]))] = Route(tuple(flat[::2]), tuple(Path(p) for p in flat[1::2]))
-        return {kind: str(route) for kind, route in found.items()}
 
     # --- new weights ---
 
@@ -315,76 +313,68 @@ class Life:
         for name in self.built:
             self.kernels[name].fresh = False
         result = method(*args, **kwargs)
+        self.gone = False
         if not self.asleep:
             self._refill()
-            heads.quicken(compat.cpu_heads(self.worker))
+            heads.quicken(heads.of(self.worker))
         return result
 
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Twins have a memory tag of their own, which no level copies to the host."""
         result = method(*args, **kwargs)
         self.asleep = compat.device_of(self.worker).type != "cpu"
+        self.gone = self.asleep and 2 in (*args, kwargs.get("level"))
         return result
 
     def _wake(self, method: Callable[..., Any], tags: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Refill once the weights are back; a twin is not touched while its memory is unmapped."""
+        """Refill once the weights are back, here or by a reload; a twin is not touched while its memory is unmapped."""
         result = method(tags, *args, **kwargs)
         if self.asleep and (tags is None or "weights" in tags):
             if tags is not None and not compat.wakes_alone():
                 compat.wake_pool(self.worker)
+            if not self.gone:
+                self.refresh()
             self.asleep = False
-            self.refresh()
         return result
 
     def _discard(self, method: Callable[..., Any], tags: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
         """Where weights are thrown away, twins go with them, and come back when they do."""
         gone = "weights" in tags
         result = method((*tags, compat.POOL) if gone else tags, *args, **kwargs)
-        self.asleep = self.asleep or gone
+        self.asleep, self.gone = self.asleep or gone, self.gone or gone
         return result
 
     # --- for tests and support ---
 
     def status(self) -> dict[str, Any]:
         """What `/metrics` shows of this worker."""
-        planned = {**self.plan.twins, **self.plan.missed}
-        held = sum(planned[name].nbytes for name in self.built)
-        calls: dict[str, dict[str, int]] = {}
-        for (path, rows), count in sorted(paths.calls.copy().items()):
-            calls.setdefault(Path(path).name.lower(), {})[str(rows)] = count
-        tokens = 0 if self.kv_fixed or not self.floor.per_token else int(held / self.floor.per_token)
-        twins, copies = self._counts()
-        missed = len(planned) - len(self.built)
-        return {"twins": twins, "copies": copies, "missed": missed, "bytes": held, "kv_tokens": tokens, "calls": calls}
+        return telling.status(self)
 
     def report(self, check: bool = False) -> str:
-        """JSON: twins by name (dtype, address, with `check` whether it is exact), own copies, calls by path, inner kernels,
-        routes, output heads on CPUs (whether a single row goes without oneDNN).
-        """
-        with compat.forward_context(self.worker):
-            twins = {
-                name: {
-                    "dtype": self.plan.twins[name].dtype,
-                    "address": t.data_ptr(),
-                    "exact": build.is_exact(self.kernels[name]) if check and self.kernels[name].twin_scales is None else None,
-                }
-                for name in self.built
-                if (t := self.kernels[name].twin) is not None
-            }
-        calls = {f"{Path(path).name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
-        inner = {name: type(k.inner).__name__ for name, k in self.kernels.items()}
-        return json.dumps({
-            "twins": twins, "copies": self._counts()[1], "bytes": self.status()["bytes"], "calls": calls, "inner": inner,
-            "routes": self.routes(), "kv_floor": self.floor.tokens, "heads": heads.chosen(compat.cpu_heads(self.worker)),
-        })  # fmt: skip
+        """JSON: what a worker has (`telling.report`)."""
+        return telling.report(self, check)
 
 
-def _twin_of(form: str) -> str | None:
-    return next((part for part in form.split("+") if part != measure.OWN), None)
+def _allocate(kernel: TwinLinearKernel, form: str) -> str:
+    build.allocate(kernel, measure.twin_of(form))
+    if measure.OWN in form.split("+"):
+        own.allocate(kernel)
+    return form
 
 
-def _allocate(kernel: TwinLinearKernel, form: str) -> None:
-    build.allocate(kernel, _twin_of(form))
+def _together(action: Callable[[], T]) -> T:
+    """Run what may fail on one rank: the others must not wait for it in what follows. Raises on all where it fails on any."""
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failed = compat.gather(failure is not None)
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise RuntimeError(f"rank {failed.index(True)} failed, see its log")
+    return result
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -59,6 +60,10 @@ measurements keep. Without this, 32 rows of llama-3.3-70b on Machete took 7 % lo
 """
 
 
+_SETTINGS = ("VLLM_HUMMING_USE_F16_ACCUM", "VLLM_MARLIN_USE_ATOMIC_ADD")
+"""Variables by which inner kernels of one name run at different speeds."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a measurement holds for: two layers of equal `Kind` run at equal speed."""
@@ -71,6 +76,7 @@ class Kind:
     act_order: bool
     dtype: torch.dtype
     inner: str
+    settings: str = ""
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k} ({self.inner})"
@@ -84,39 +90,57 @@ class Kind:
 def kind_of(kernel: Wrapped) -> Kind:
     """The `Kind` of a layer."""
     c = kernel.config
+    settings = ",".join(f"{name}={value}" for name in _SETTINGS if (value := os.environ.get(name)))
     return Kind(
         kernel.n, kernel.k, c.group_size, str(c.weight_type), c.zero_points, getattr(c, "has_g_idx", False), kernel.dtype,
-        type(kernel.inner).__name__,
+        type(kernel.inner).__name__, settings,
     )  # fmt: skip
 
 
 def known_or_measured(
-    layers: Mapping[Kind, Sequence[W]], lossy: Callable[[W], Sequence[str]], store: Cache | None
+    layers: Mapping[Kind, Sequence[W]], lossy: Callable[[W], Sequence[str]], store: Cache | None, most: int = own.SIZES[-1]
 ) -> dict[Kind, Measured]:
     """The times of all kinds of layers of a device, from the cache where they are there. lossy: the kinds of 8-bit twins to
-    time besides, of a layer.
+    time besides, of a layer. most: the most rows of a step.
     """
     vllm, found = compat.version(), {}
-    for kind, (first, *_) in layers.items():
-        known = store.read(kind.key, first.device, vllm=vllm) if store is not None else None
+    for kind, same in layers.items():
+        first = same[0]
+        known = store.read(_key(kind, same), first.device, vllm=vllm) if store is not None else None
         if known is not None and {INT4, *_ours(first, lossy(first))} <= set(known.times):
             found[kind] = known
     new = {kind: same for kind, same in layers.items() if kind not in found}
     if any(first.device.type != "cpu" for first, *_ in new.values()):
-        compile_together(call for first, *_ in new.values() for call in _launches(first))
+        compile_together(call for first, *_ in new.values() for call in _launches(first, most))
     for kind, same in new.items():
         found[kind] = measure(same, lossy(same[0]), SECONDS / len(layers))
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
         if store is not None and set(grid(same[0].device)) <= set(found[kind].ms):
-            store.write(kind.key, same[0].device, found[kind], vllm=vllm)
+            store.write(_key(kind, same), same[0].device, found[kind], vllm=vllm)
     return found
 
 
-def _launches(kernel: Wrapped) -> Iterator[Callable[[], object]]:
+def _key(kind: Kind, same: Sequence[Wrapped]) -> dict[str, object]:
+    """What the cache knows the times by. Those of too few layers to rotate over are for as few alone: caches answered."""
+    enough = _rotated(same[0])
+    return {**kind.key, "layers": len(same)} if len(same) < enough else kind.key
+
+
+def _timed_rows(kernel: Wrapped) -> int:
+    """Output features that are timed."""
+    return kernel.n if kernel.device.type != "cpu" else min(kernel.n, max(64, CPU_ELEMENTS // kernel.k // 64 * 64))
+
+
+def _rotated(kernel: Wrapped) -> int:
+    """Layers that calls of the inner kernel rotate over."""
+    return rotation(kernel.device, _timed_rows(kernel) * kernel.k // 2)
+
+
+def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     """Calls that launch all kernels of ours that a layer may ever need, on random weights; `stream` has one for all rows."""
     if own.can_have(kernel):
         for call in variants(shape_of(kernel), kernel.n, [INT4, "fused"]).values():
-            for m in own.SIZES:
+            for m in own.sizes(most):
                 yield partial(call, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device))
 
 
@@ -129,10 +153,8 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     more than the kernel, and a server decodes from graphs.
     """
     first = layers[0]
-    device, n = first.device, first.n
-    if device.type == "cpu":
-        n = min(n, max(64, CPU_ELEMENTS // first.k // 64 * 64))
-    used = layers[: rotation(device, n * first.k // 2)]
+    device, n = first.device, _timed_rows(first)
+    used = layers[: _rotated(first)]
     parts = [slice_of(k, n) if n < k.n else None for k in used]
     whole = any(part is None for part in parts)
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
@@ -168,7 +190,7 @@ def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> 
 def shape_of(kernel: Wrapped) -> Shape:
     """What the embedded engine would call a layer's shape."""
     c = kernel.config
-    group = kernel.k if c.group_size <= 0 else int(c.group_size)
+    group = kernel.k if c.group_size <= 0 or not own.takes_group(kernel.k, int(c.group_size)) else int(c.group_size)
     return Shape(kernel.n, kernel.k, group, not c.zero_points, False, kernel.dtype, kernel.device)
 
 
@@ -204,6 +226,11 @@ def forms(copy: int | None, twins: Mapping[str, int], order: Sequence[tuple[str,
     ways, taken = zip(*order, ("stream", Path.STREAM), strict=True)
     both = [Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[-1]), (*taken, Path.TWIN)) for f in alone]
     return (*alone, Form(OWN, copy, ways, taken, is_twin=False), *both)
+
+
+def twin_of(form: str) -> str | None:
+    """The kind of twin in a form, by its name; None for an own copy alone."""
+    return next((part for part in form.split("+") if part != OWN), None)
 
 
 def costs(measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True) -> Costs:

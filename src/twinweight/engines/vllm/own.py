@@ -7,6 +7,7 @@ layout is known, else recovered from what it computes) and is kept only where it
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable
 from functools import partial
 
@@ -15,33 +16,52 @@ import torch
 from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.engines.vllm.wrapped import Wrapped
-from twinweight.kernels import backend_for, int4_path
+from twinweight.kernels import backend_for, gpu, int4_path
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, pick
 from twinweight.recover import recover
-from twinweight.weight import Int4Weight, pack_nibbles
+from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
+
+log = logging.getLogger("vllm.twinweight")
 
 _ROWS = 1024  # output features compared at a time
 _OURS = (Path.INT4, Path.FUSED, Path.STREAM)
 _TRIED = 4  # numbers of rows of each path
 _ROUNDED = 0.03  # of the largest result: what sums in another order, or in 16 bits, may differ by; wrong ones differ by more
-SIZES = (*range(1, 8), *range(8, 256, 8), *range(256, 512, 16), *range(512, 1024, 64), *range(1024, 4097, 256))
-"""Rows for which tiles may be others: those that vLLM captures graphs for (0.26 to 0.32), and some beyond."""
+SIZES = (
+    *range(1, 8), *range(8, 256, 8), *range(256, 512, 16), *range(512, 8192, 64), *range(8192, 16385, 192),
+)  # fmt: skip
+"""Rows for which tiles may be others: those that vLLM captures graphs for (0.26 to 0.32), and so many beyond that a test finds
+no other tiles between them. What is not compiled ahead, a prompt waits for.
+"""
+
+_MOST_TRIED = 4096  # rows: their products are held in fp32
 
 
 def can_have(kernel: Wrapped) -> bool:
     """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there."""
     c = kernel.config
-    if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False):
+    if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False) or not takes_group(kernel.k, _group_size(kernel)):
         return False
     return kernel.device.type != "cpu" or CpuLayout.of(kernel) is not None
+
+
+def takes_group(k: int, group_size: int) -> bool:
+    """Whether our kernels take groups of so many columns; vLLM has kernels that take others (16)."""
+    return group_size == k or (k % group_size == 0 and group_size % 32 == 0)
 
 
 def nbytes(kernel: Wrapped) -> int:
     """Bytes of an own copy."""
     symmetric = not kernel.config.zero_points
     return backend_for(kernel.device).weight_bytes(kernel.n, kernel.k, _group_size(kernel), False, symmetric)
+
+
+def held_bytes(kernel: Wrapped) -> int:
+    """Bytes of what a layer has besides its own weight."""
+    tensors = [t for t in (kernel.twin, kernel.twin_scales) if t is not None]
+    return sum(t.untyped_storage().nbytes() for t in tensors) + (kernel.own.nbytes if kernel.own is not None else 0)
 
 
 @torch.inference_mode()
@@ -57,31 +77,63 @@ def make(kernel: Wrapped, *, exact: bool = True) -> KernelWeight | None:
     return own if layout is None or not exact or _is_exact(own, layout, kernel.dtype) else None
 
 
+def allocate(kernel: Wrapped) -> None:
+    """An uninitialised copy on a GPU, so that all of them share one pool; on a CPU `fill` makes it."""
+    if kernel.device.type != "cpu":
+        symmetric = not kernel.config.zero_points
+        kernel.own = gpu.empty(kernel.n, kernel.k, _group_size(kernel), kernel.dtype, kernel.device, symmetric=symmetric)
+
+
+@torch.inference_mode()
+def fill(kernel: Wrapped) -> bool:
+    """Write the copy from the layer's weight. False where it would not be exact, and then there is none."""
+    made, place = make(kernel), kernel.own
+    if place is None or made is None:
+        kernel.own = made
+    elif not _write(made, place):
+        kernel.own = None
+    return kernel.own is not None
+
+
 @torch.inference_mode()
 def refill(kernel: Wrapped) -> None:
-    """Write new weights in place. Where they do not fit the copy: drops it on a CPU, raises RuntimeError on a GPU, whose
-    captured graphs hold its address.
+    """Write new weights in place. Where they do not fit the copy: drops it on a CPU, whose routes go on without, and raises
+    RuntimeError on a GPU, whose captured graphs hold its address.
     """
-    new, old = make(kernel), kernel.own
-    if old is None:
+    if kernel.own is None:
         return
-    if new is None or (new.zeros is None) != (old.zeros is None):
-        if kernel.device.type != "cpu":
-            raise RuntimeError("the new weights do not fit the own int4 copy of a layer: start the server anew")
-        kernel.drop()
+    made = make(kernel)
+    if made is not None and _write(made, kernel.own):
         return
-    for mine, fresh in ((old.packed, new.packed), (old.scales, new.scales), (old.zeros, new.zeros)):
-        if mine is not None and fresh is not None:
-            mine.copy_(fresh)
+    if kernel.device.type != "cpu":
+        raise RuntimeError("the new weights do not fit the own int4 copy of a layer: start the server anew")
+    kernel.own = None
+
+
+def _write(made: KernelWeight, place: KernelWeight) -> bool:
+    """False where there are zero points and no place for them."""
+    if place.zeros is None and made.zeros is not None:
+        return False
+    if place.zeros is not None and made.zeros is None:
+        place.zeros.fill_(SYMMETRIC_ZERO)
+    for new, old in ((made.packed, place.packed), (made.scales, place.scales), (made.zeros, place.zeros)):
+        if new is not None and old is not None:
+            old.copy_(new)
+    return True
 
 
 @torch.inference_mode()
-def compile_paths(kernels: Iterable[Wrapped]) -> None:
-    """Compile what calls of all sizes launch from the copies of these layers, several kernels at a time. Capturing graphs would
-    wait for one after the other, and so would the first prompts. (`stream` has one kernel for all sizes.)
+def compile_paths(kernels: Iterable[Wrapped], most: int) -> None:
+    """Compile what calls of up to `most` rows launch from the copies of these layers, several kernels at a time. Capturing
+    graphs would wait for one after the other, and so would the first prompts. (`stream` has one kernel for all sizes.)
     """
     tiled = (Path.INT4, Path.FUSED)
-    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, SIZES) if pick(k.route, m) in tiled)
+    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, sizes(most)) if pick(k.route, m) in tiled)
+
+
+def sizes(most: int) -> list[int]:
+    """Of `SIZES` those up to `most`, and the next one."""
+    return [*(m for m in SIZES if m <= most), *[m for m in SIZES if m > most][:1]]
 
 
 def _run(kernel: Wrapped, m: int) -> None:
@@ -100,11 +152,15 @@ def agrees(kernel: Wrapped) -> bool:
     if copy is None:
         return True
     for path in _OURS:
-        sizes = [m for m in SIZES if pick(kernel.route, m) == path]
-        for m in sizes[:: max(1, len(sizes) // _TRIED)]:
+        rows = [m for m in sizes(_MOST_TRIED) if pick(kernel.route, m) == path]
+        for m in rows[:: max(1, len(rows) // _TRIED)]:
             x = torch.randn(m, kernel.k, dtype=torch.float32, device=kernel.device).mul_(kernel.k**-0.5).to(kernel.dtype)
             theirs = kernel.inner_linear(x, None).float()
-            ours = int4_path(path, x, copy, None).float()
+            try:
+                ours = int4_path(path, x, copy, None).float()
+            except Exception:  # whatever Triton raises
+                log.exception("Twinweight: %s does not run with %d rows", path.name.lower(), m)
+                return False
             if not (ours - theirs).abs().max() <= _ROUNDED * theirs.abs().max():  # nor where it is no number
                 return False
     return True
