@@ -55,8 +55,9 @@ _ALONE = ((16, 1.1), (256, 1.2))
 Servers of llama-3.1-8b, qwen3-32b and llama-3.3-70b on an H200 with own copies (`benchmarks/results/h200-vllm.json`,
 27 November 2026): steps of decode became faster by less than the kernels differ by themselves, as if ours took 0.99 to 1.10
 times as long as those times at 1 and 8 rows (once 1.16), 1.08 to 1.21 at 32, and 1.13 to 1.16 at 128; the larger the model, the
-longer. The cause is not known; they unpack on all multiprocessors while they read, which may cost clocks that short
-measurements keep. Without this, 32 rows of llama-3.3-70b on Machete took 7 % longer with copies than without.
+longer. They unpack on all multiprocessors while they read, and a server's GPU is at its power limit, where that costs clocks
+that a short measurement keeps (`h200-vllm-clocks.json`). Without this, 32 rows of llama-3.3-70b on Machete took 7 % longer with
+copies than without; with it, 1 % less.
 """
 
 
