@@ -230,6 +230,21 @@ def test_ranks_keep_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.kernels["b"].twin is None
 
 
+def test_weights_stay_gone_while_a_worker_sleeps_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, seen = life(), []
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(compat, "wakes_alone", lambda: True)
+    monkeypatch.setattr(found, "_refill", lambda: seen.append("refilled"))
+    for level in (2, 1):
+        found._sleep(lambda level: None, level)
+    found._wake(lambda tags: None)
+    assert seen == []
+    found.refresh()  # after weights came by a way that vLLM does not know of
+    found._sleep(lambda level: None, 1)
+    found._wake(lambda tags: None)
+    assert seen == ["refilled"] * 2
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_weights_that_sleep_threw_away_are_read_once_they_are_reloaded(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found, seen = life(), []

@@ -322,8 +322,8 @@ class Life:
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Twins have a memory tag of their own, which no level copies to the host."""
         result = method(*args, **kwargs)
+        self.gone = 2 in (*args, kwargs.get("level")) or (self.asleep and self.gone)
         self.asleep = compat.device_of(self.worker).type != "cpu"
-        self.gone = self.asleep and 2 in (*args, kwargs.get("level"))
         return result
 
     def _wake(self, method: Callable[..., Any], tags: list[str] | None = None, *args: Any, **kwargs: Any) -> Any:
