@@ -193,7 +193,7 @@ class Life:
         copies = {name: k for name in self.built if (k := self.kernels[name]).own is not None}
         tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
         own.compile_paths(tried.values(), compat.chunk(self.worker))
-        wrong = {str(kind) for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
+        wrong = _together(lambda: {str(kind) for (kind, *_), kernel in tried.items() if not own.agrees(kernel)})
         wrong.update(*compat.gather(wrong))
         if not wrong:
             return
