@@ -369,11 +369,11 @@ def _together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         failure = error
-    failed = compat.gather(failure is not None)
+    failures = compat.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    if any(failed):
-        raise RuntimeError(f"rank {failed.index(True)} failed, see its log")
+    if reasons := [f"rank {rank} failed: {text}" for rank, text in enumerate(failures) if text is not None]:
+        raise RuntimeError("; ".join(reasons))
     return result
 
 
