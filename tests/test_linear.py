@@ -163,6 +163,76 @@ def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
         assert ops.only_computes(wants_gradient)
 
 
+@pytest.mark.parametrize("path", [Path.INT4, Path.STREAM, Path.TWIN])
+@pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, True)])
+def test_gradients_pass_through_every_path(path: Path, symmetric: bool, act_order: bool) -> None:
+    """Of activations, and of a bias that is trained: soft prompts, adapters on other modules."""
+    linear = make(symmetric=symmetric, act_order=act_order)
+    assert linear.bias is not None
+    linear.bias.requires_grad_()
+    linear.route_with_twin = Route.always(path)
+    x = torch.randn(2, 3, 128).bfloat16().requires_grad_()
+    grad = torch.randn(2, 3, 96).bfloat16()
+    linear(x).backward(grad)
+    dense = linear.int4_weight.dequantize(torch.float64)
+    assert x.grad is not None
+    assert_close(x.grad, (grad.double() @ dense).bfloat16(), max_err=2e-2)
+    assert linear.bias.grad is not None
+    assert_close(linear.bias.grad, grad.double().sum((0, 1)).bfloat16(), max_err=2e-2)
+
+
+@pytest.mark.parametrize("width", [96, 120, 136, 256])
+@pytest.mark.parametrize("watched", [False, True])
+def test_activations_of_another_width_are_refused(width: int, watched: bool) -> None:
+    """Kernels pad K, and would take some."""
+    with pytest.raises(ValueError, match=f"activations have {width} features, the int4 weight takes 128"):
+        make()(torch.randn(2, width).bfloat16().requires_grad_(watched))
+
+
+@pytest.mark.parametrize("path", [Path.INT4, Path.FUSED, Path.STREAM, Path.TWIN])
+def test_activations_need_not_be_contiguous(path: Path) -> None:
+    linear = make()
+    linear.route_with_twin = Route.always(path)
+    for x in (torch.randn(128, 5).bfloat16().t(), torch.randn(3, 256).bfloat16()[:, ::2], torch.randn(1, 128, 4).bfloat16().mT):
+        assert torch.equal(linear(x), linear(x.contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("field", "shape"),
+    [
+        ("weight_packed", (1536,)),
+        ("weight_scale", (1, 4)),
+        ("weight_scale", (48, 4)),
+        ("weight_zero_point", (96, 2)),
+        ("weight_g_idx", (64,)),
+    ],
+)
+def test_a_state_dict_of_other_shapes_is_refused(field: str, shape: tuple[int, ...]) -> None:
+    linear = make(symmetric=False, act_order=True)
+    state = linear.state_dict()
+    state[field] = torch.zeros(shape, dtype=state[field].dtype)
+    before = linear.int4_weight
+    with pytest.raises(RuntimeError, match="expected"):
+        linear.load_state_dict(state)
+    assert torch.equal(linear.int4_weight.packed, before.packed)
+    assert torch.equal(linear.int4_weight.scales, before.scales)
+
+
+def test_a_twin_for_which_there_is_no_memory_where_the_model_moves_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    linear = make()
+
+    def full(kind: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(linear, "build_twin", full)
+    linear.to(torch.float16)
+    assert linear.twin is None
+    assert "stays int4" in caplog.text
+    assert linear(torch.randn(20, 128).half()).dtype == torch.float16
+
+
 def test_a_weight_that_moves_away_is_freed() -> None:
     linear = make(bias=False, twin=None)
     linear(x_of(1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,32 @@ def test_one_dnn_is_off_in_it_and_on_again_after_an_error(monkeypatch: pytest.Mo
     with pytest.raises(RuntimeError, match="no"):
         one_row.linear(torch.zeros(1, 8), torch.zeros(8, 8))
     assert (seen, bool(torch.backends.mkldnn.enabled)) == ([False], True)
+
+
+def test_threads_that_overlap_leave_the_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second to begin finds oneDNN off, and ends last."""
+    inside, go_on = threading.Barrier(2), threading.Event()
+    seen: list[bool] = []
+
+    def slow(x: Tensor, weight: Tensor) -> Tensor:
+        inside.wait()
+        if threading.current_thread().name == "last":
+            go_on.wait()
+        seen.append(bool(torch.backends.mkldnn.enabled))
+        return x
+
+    monkeypatch.setattr(nn.functional, "linear", slow)
+    threads = [
+        threading.Thread(target=one_row.linear, args=(torch.zeros(1), torch.zeros(1)), name=n) for n in ("first", "last")
+    ]
+    for thread in threads:
+        thread.start()
+    threads[0].join()
+    assert bool(torch.backends.mkldnn.enabled) is False
+    go_on.set()
+    threads[1].join()
+    assert seen == [False, False]
+    assert bool(torch.backends.mkldnn.enabled) is True
 
 
 def test_only_large_weights_of_16_bits_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from twinweight import presets
 from twinweight.errors import ConfigError, UnsupportedError
@@ -33,6 +34,63 @@ def counts(name: str, tp: int) -> dict[str, int]:
 )
 def test_shapes(name: str, tp: int, expected: dict[str, int]) -> None:
     assert counts(name, tp) == expected
+
+
+def config_of(kind: str, architecture: str, **more: Any) -> dict[str, Any]:
+    """A small model of transformers, by its defaults."""
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.for_model(kind, vocab_size=1024, hidden_size=256, **more).to_dict()
+    except ValueError:
+        pytest.skip(f"this transformers has no {kind}")
+    return {**config, "architectures": [architecture]}
+
+
+FALCON = {"num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = {
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "more", "tp", "expected"),
+    [
+        # The gate of Qwen3.5's attention is in its q_proj, which is twice as wide.
+        ("qwen3_5_text", "Qwen3_5ForCausalLM", LLAMA_LIKE, 1, {"768x256", "256x256"}),
+        ("qwen3_5_text", "Qwen3_5ForCausalLM", LLAMA_LIKE, 2, {"384x256", "256x128"}),
+        # Heads of 512 in layers of full attention, of 64 in the others.
+        ("gemma4_text", "Gemma4ForCausalLM", LLAMA_LIKE, 1, {"512x256", "4096x256", "256x256", "256x2048"}),
+        ("falcon", "FalconForCausalLM", FALCON, 1, {"384x256", "256x256", "256x1024"}),
+        ("falcon", "FalconForCausalLM", FALCON, 2, {"256x256", "256x128", "256x512"}),  # its one KV head on both
+        (
+            "gpt_neox", "GPTNeoXForCausalLM", {"intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}, 2,
+            {"384x256", "256x128", "256x256"},
+        ),
+    ],
+)  # fmt: skip
+def test_shapes_are_those_of_the_model_and_not_of_a_formula(
+    kind: str, architecture: str, more: dict[str, Any], tp: int, expected: set[str]
+) -> None:
+    assert expected <= set(map(str, shard(config_of(kind, architecture, **more), tp).weights.values()))
+
+
+def test_a_kv_cache_of_layers_that_differ_is_counted_layer_by_layer() -> None:
+    """Five layers of 2 heads of 64, one of 2 heads of 512, keys and values, 2 bytes each."""
+    from twinweight.engines.hf import kv_bytes_per_token
+
+    config = config_of("gemma4_text", "Gemma4ForCausalLM", **LLAMA_LIKE)
+    expected = 2 * 2 * 2 * (5 * 64 + 512)
+    assert shard(config).kv_bytes_per_token == expected
+    assert shard(config, 2).kv_bytes_per_token == expected // 2
+    from transformers import AutoConfig
+
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    assert kv_bytes_per_token(AutoConfig.for_model("gemma4_text", **fields), torch.bfloat16) == expected
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, 131072), (2, 65536), (8, 16384), (16, 16384)])

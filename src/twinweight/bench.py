@@ -213,8 +213,8 @@ def _summary(model: PreTrainedModel, arm: _Arm, prompt: int, *, on: bool) -> dic
     return {
         "ttft_ms": Timing.of(arm.ttft).scaled(1e3), "prefill_tok_s": speed.scaled(1), "tpot_ms": tpot,
         "e2e_ms": Timing.of(arm.e2e).scaled(1e3), "kv_cache_gib": round(kv / GIB, 3),
-        "kv_cache_tokens": kv // kv_bytes_per_token(model.config, model.dtype), "twin_gib": round(held / GIB, 4), "twins":
-        twins, "weights": len(linears),
+        "kv_cache_tokens": kv // max(1, kv_bytes_per_token(model.config, model.dtype)), "twin_gib": round(held / GIB, 4),
+        "twins": twins, "weights": len(linears),
     }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(file=file, expected=f"{file.name} in the model directory", found="none") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(file=file, expected="a JSON object", found=str(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(file=file, expected="a JSON object", found=type(content).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,17 +13,26 @@ from twinweight import ops
 from twinweight import twin as twins
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
+from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.weight import Int4Weight
+
+log = logging.getLogger("twinweight")
 
 
 def _weight_of(fields: Mapping[str, Any], k: int) -> Int4Weight:
     """An `Int4Weight` from the tensors of a state dict; raises ValueError where they do not belong together."""
     packed, scales = fields["packed"], fields["scales"]
+    if packed.ndim != 2 or scales.ndim != 2:
+        raise ValueError(f"packed of shape {list(packed.shape)} and scales of {list(scales.shape)}, expected matrices")
     columns, groups = packed.shape[1] * 8, scales.shape[1]
     k = k if columns - 8 < k <= columns else columns
     if groups == 0 or k % groups:
         raise ValueError(f"{groups} scales a row for {k} columns")
+    expected = {"scales": (packed.shape[0], groups), "zeros": (packed.shape[0], groups), "g_idx": (k,)}
+    for name, shape in expected.items():
+        if fields[name] is not None and tuple(fields[name].shape) != shape:
+            raise ValueError(f"{name} of shape {list(fields[name].shape)}, expected {list(shape)}")
     return Int4Weight(**fields, group_size=k // groups, in_features=k)
 
 
@@ -64,6 +74,8 @@ class Int4Linear(nn.Module):
         self.route_with_twin = Route.always(Path.INT4)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"activations have {x.shape[-1]} features, the int4 weight takes {self.in_features}")
         twin = self._buffers["twin"] if self.use_twin else None
         scales = None if twin is None else self._buffers["twin_scales"]
         route = (self.route_without_twin if twin is None else self.route_with_twin).flat()
@@ -164,7 +176,13 @@ class Int4Linear(nn.Module):
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias.data), requires_grad=False)
         if kind is not None:
-            self.build_twin(kind)
+            try:
+                self.build_twin(kind)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.drop_twin()
+                log.warning("out of memory while moving a twin to %s: the weight stays int4 there", probe.device)
         return self
 
     def _kind_there(self, kind: str, probe: Tensor) -> str:

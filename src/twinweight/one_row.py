@@ -6,6 +6,7 @@ long; 52 by oneDNN, and 45 by oneDNN on a packed weight, as vLLM has it. From tw
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -26,12 +27,31 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     The switch is torch's, for the whole process: what other threads multiply meanwhile goes without oneDNN too.
     """
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    try:
+    with _WITHOUT:
         return torch.nn.functional.linear(x, weight)
-    finally:
-        torch.backends.mkldnn.enabled = before
+
+
+class _Without:
+    """oneDNN off for as long as any thread is inside; then as it was before the first."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = bool(torch.backends.mkldnn.enabled)
+                torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.mkldnn.enabled = self._before  # type: ignore[assignment]
+
+
+_WITHOUT = _Without()
 
 
 @torch.inference_mode()

@@ -7,12 +7,14 @@ share a graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from twinweight import paths
 from twinweight import twin as twins
-from twinweight.kernels import int4_path
+from twinweight.kernels import backend_for, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import is_recording, labelled
 
@@ -53,6 +55,8 @@ def run(
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     m = rows.shape[0]
+    if rows.stride(1) != 1 and shape[-1] > 1:
+        rows = rows.contiguous()
     path = paths.take(route, m)
     if m == 0:
         return x.new_empty(*shape[:-1], w.n)
@@ -61,7 +65,7 @@ def run(
             y = _by(path, rows, w, bias, twin, twin_scales)
     else:
         y = _by(path, rows, w, bias, twin, twin_scales)
-    return y if rows is x else y.view(*shape[:-1], w.n)
+    return y if len(shape) == 2 else y.view(*shape[:-1], w.n)
 
 
 def _by(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None, twin: Tensor | None, twin_scales: Tensor | None) -> Tensor:
@@ -112,6 +116,26 @@ def _fake(
     return x.new_empty(*x.shape[:-1], n)
 
 
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, zeros, perm, bias, _, _, _, group_size, n = inputs
+    ctx.save_for_backward(packed, scales, zeros, perm)
+    ctx.sizes, ctx.dtype, ctx.bias = (group_size, n, x.shape[-1]), x.dtype, bias is not None and bias.requires_grad
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, by the dense weight whatever path computed y, and of a bias that is trained; the int4 weight itself has none."""
+    packed, scales, zeros, perm = ctx.saved_tensors
+    group_size, n, k = ctx.sizes
+    x = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.empty(n, k, dtype=ctx.dtype, device=packed.device)
+        backend_for(packed.device).expand(KernelWeight(packed, scales, zeros, perm, group_size, n, k), dense)
+        x = grad @ dense
+    bias = grad.reshape(-1, n).sum(0) if ctx.bias else None
+    return (x, None, None, None, None, bias, None, None, None, None, None)
+
+
 for _key in ("CPU", "CUDA", "XPU"):  # ROCm's devices dispatch as CUDA
     _library.impl("linear", linear, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("twinweight::linear", _fake, lib=_library)
+torch.library.register_autograd("twinweight::linear", _gradients, setup_context=_remember, lib=_library)

@@ -76,7 +76,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raw = f.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(file=file, expected="a JSON header", found=str(error)) from error
     if not isinstance(header, dict):
         raise CheckpointError(file=file, expected="a JSON object as header", found=type(header).__name__)
@@ -147,8 +147,10 @@ def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
 
 def _tensor_info(file: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
     try:
-        code, shape = str(entry["dtype"]), tuple(int(d) for d in entry["shape"])
-        begin, end = (int(o) for o in entry["data_offsets"])
+        code, shape = str(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if any(type(number) is not int for number in (*shape, begin, end)):
+            raise ValueError("not a whole number")
     except (KeyError, TypeError, ValueError) as error:
         expected = "dtype, shape and data_offsets in the header"
         raise CheckpointError(file=file, tensor=name, expected=expected, found=repr(entry)) from error

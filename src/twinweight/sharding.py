@@ -21,7 +21,7 @@ _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-_ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "wo", "w2"))
+_ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2"))
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _VOCABULARY = 64
 _ITEMSIZE = 2
@@ -112,13 +112,13 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     text = {**model.config.get_text_config().to_dict(), **given}
     decoder = quantized_modules(model)
     heads = int(text["num_attention_heads"])
-    kv_heads = int(text.get("num_key_value_heads") or heads)
+    one = text.get("multi_query") and not text.get("new_decoder_architecture")  # Falcon's
+    kv_heads = 1 if one else int(text.get("num_key_value_heads") or text.get("num_kv_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(f"--tp {tp}: {heads} attention and {kv_heads} key-value heads do not split over so many GPUs")
     own_kv = max(1, kv_heads // tp)
-    rank_n = {"q_proj": heads // tp * head_dim, "k_proj": own_kv * head_dim, "v_proj": own_kv * head_dim,
-              "qkv_proj": (heads // tp + 2 * own_kv) * head_dim}  # fmt: skip
+    joined = (heads + 2 * kv_heads) * head_dim, (heads // tp + 2 * own_kv) * head_dim
 
     parts: dict[str, list[tuple[int, int, Module | None]]] = {}
     for name, (n, k) in decoder.items():
@@ -126,7 +126,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
         if last in _ROW_PARALLEL:
             k = _split(k, tp, name)
         else:
-            n = rank_n.get(last) or _split(n, tp, name)
+            n = _rows(last, n, tp, kv_heads, joined, name)
         merged = f"{parent}.{_MERGED[last]}" if last in _MERGED else name
         parts.setdefault(merged, []).append((n, k, scheme(name)))
     weights, other = {}, 0
@@ -160,13 +160,27 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     expert_bytes = experts // 2 + experts // size * 2
     other += expert_bytes
     layers, kinds = int(text["num_hidden_layers"]), text.get("layer_types")
+    kv_rows = _kv_rows(decoder, kv_heads, own_kv, head_dim)
     per_token, total = text.get("num_experts_per_tok") or 0, next((text[key] for key in _EXPERTS if text.get(key)), 1)
     return Rank(
         weights, other, embedding, experts, experts * per_token // total,
-        bytes_per_token(layers, kinds, own_kv, head_dim, _ITEMSIZE), layers,
+        bytes_per_token(layers, kinds, own_kv, head_dim, _ITEMSIZE) if kv_rows is None else kv_rows * _ITEMSIZE, layers,
         int(text["hidden_size"]), heads // tp * head_dim, int(text["vocab_size"]),
         int(text.get("max_position_embeddings") or 0), (*assumptions, *_notes(expert_bytes, kinds)),
     )  # fmt: skip
+
+
+def _rows(last: str, n: int, tp: int, kv_heads: int, joined: tuple[int, int], name: str) -> int:
+    """Output features of one rank. joined: those of q, k and v together, of all ranks and of one."""
+    if last in ("k_proj", "v_proj") and kv_heads < tp:
+        return n // kv_heads
+    return joined[1] if last in ("qkv_proj", "query_key_value") and n == joined[0] else _split(n, tp, name)
+
+
+def _kv_rows(decoder: Mapping[str, tuple[int, int]], kv_heads: int, own_kv: int, head_dim: int) -> int | None:
+    """Features of keys and values of one rank, all layers together, where a layer has others than the config says."""
+    rows = [n for name, (n, _) in decoder.items() if name.rpartition(".")[2] in ("k_proj", "v_proj")]
+    return None if all(n == kv_heads * head_dim for n in rows) else sum(rows) // kv_heads * own_kv
 
 
 def _notes(expert_bytes: int, kinds: Sequence[str] | None) -> Iterator[str]:

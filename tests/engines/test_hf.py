@@ -7,12 +7,14 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import twinweight
 from tests.formats import writers
@@ -134,6 +136,70 @@ def test_logits_are_close_to_a_dense_float32_model(case: Case, tmp_path: Path) -
                 assert_close(model(input_ids=ids).logits, expected, max_err=3e-2, rms_err=3e-2)
                 one = model(input_ids=ids[:, :1]).logits
                 assert_close(one, dense(input_ids=ids[:, :1]).logits, max_err=3e-2, rms_err=3e-2)
+
+
+def changed(checkpoint: Path, out: Path, more: dict[str, torch.Tensor], config: dict[str, object] | None = None) -> Path:
+    """A copy of a checkpoint with other tensors, and fields of its config.json, besides or in place of those it has."""
+    shutil.copytree(checkpoint, out)
+    (file,) = out.glob("*.safetensors")
+    save_file({**load_file(file), **more}, file)
+    fields = {**json.loads((out / "config.json").read_text()), **(config or {})}
+    (out / "config.json").write_text(json.dumps(fields))
+    return out
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_stored_head_is_tied_only_where_it_is_the_embedding(checkpoint: Path, tmp_path: Path, same: bool) -> None:
+    embedding = load(checkpoint, mode="off").get_input_embeddings().weight
+    head = embedding.clone() if same else torch.randn(embedding.shape).bfloat16()
+    model = load(changed(checkpoint, tmp_path / "m", {"lm_head.weight": head}, {"tie_word_embeddings": True}), mode="off")
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    assert (model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()) is same
+
+
+def test_a_dense_tensor_of_codes_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """FP8 weights beside int4 ones have scales that nobody would apply."""
+    codes = torch.zeros(199, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(UnsupportedError, match=r"lm_head\.weight: expected float16.*, found torch\.float8_e4m3fn"):
+        load(changed(checkpoint, tmp_path / "m", {"lm_head.weight": codes}))
+
+
+def test_scales_of_activations_are_refused(tmp_path: Path) -> None:
+    """AutoAWQ stores them for some architectures, whose activations transformers then wraps."""
+    write(tmp_path / "awq", Case("awq", symmetric=False))
+    path = changed(tmp_path / "awq", tmp_path / "m", {"model.layers.0.mlp.act.scales": torch.full((352,), 7.0).half()})
+    with pytest.raises(UnsupportedError, match=r"mlp\.act\.scales: .*found scales of activations"):
+        hf.describe(path)
+
+
+@pytest.mark.parametrize(("value", "refused"), [(0.0, False), (0.5, True)])
+def test_a_bias_that_the_configuration_denies_must_be_zero(
+    checkpoint: Path, tmp_path: Path, value: float, refused: bool
+) -> None:
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.full((128,), value).bfloat16()}
+    with pytest.raises(CheckpointError, match=r"q_proj\.bias: expected no bias") if refused else nullcontext():
+        load(changed(checkpoint, tmp_path / "m", bias), mode="off")
+
+
+def test_tensors_without_a_place_are_told(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16), "draft.head": torch.ones(3)}
+    hf.describe(changed(checkpoint, tmp_path / "m", more))
+    assert "no place for 1 tensors, which are left out: draft.head" in caplog.text
+
+
+def test_it_is_not_saved_as_if_it_were_dense(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint, mode="off")
+    with pytest.raises(ConfigError, match="copy the checkpoint instead"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{nonsense", "[1]", '{"max_new_tokens": -3}'])
+def test_bad_settings_of_generation_are_told_before_a_weight_is_read(checkpoint: Path, tmp_path: Path, content: str) -> None:
+    path = changed(checkpoint, tmp_path / "m", {})
+    (path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: expected settings of generation"):
+        hf.describe(path)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

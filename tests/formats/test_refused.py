@@ -92,6 +92,10 @@ MALFORMED: list[tuple[Callable[..., None], Callable[[dict[str, Any]], object], s
     (CT, weights(symmetric="yes"), "symmetric: true or false"),
     (GPTQ, top(bits="four"), "bits: a whole number"),
     (GPTQ, top(group_size=None), "group_size: a whole number"),
+    (GPTQ, top(dynamic=["+:.*"]), "dynamic: an object"),
+    (GPTQ, top(meta="gptqmodel"), "meta: an object"),
+    (CT, top(sparsity_config="dense"), "sparsity_config: an object"),
+    (CT, top(transform_config=[1]), "transform_config: an object"),
     (GPTQ, top(dynamic={"-:(": {}}), r"dynamic['-:(']: a regular expression"),
     (AWQ, top(modules_to_not_convert=[1]), "modules_to_not_convert: a list of names"),
 ]

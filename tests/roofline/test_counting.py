@@ -91,6 +91,13 @@ def test_by_hand(name: str, dims: list[Any], types: list[str], values: list[str]
     assert found.needed == found.flops
 
 
+@pytest.mark.parametrize(
+    ("dims", "types"), [([[5, 4096], [256, 12288]], ["", INT]), ([[5, 0], [256, 12288]], [BF, INT]), ([[], []], [BF, INT])]
+)
+def test_a_call_whose_inputs_say_too_little_is_not_counted(dims: list[list[int]], types: list[str]) -> None:
+    assert work("_C::marlin_gemm", dims, types) is None
+
+
 def test_lists_of_tensors_are_read_and_written() -> None:
     assert work("aten::cat", [[], []], ["TensorList", "Scalar"], None, [[2, 8], [3, 8]]).bytes == 2 * 2 * 40
 

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from twinweight import formats, modes, twin
 from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
 from twinweight.engines.head import flatten_head
-from twinweight.engines.names import match_names
+from twinweight.engines.layout import Layout, dense_bytes, lay_out, stored_tensors
 from twinweight.errors import CheckpointError, ConfigError, UnsupportedError
 from twinweight.formats import fusion
-from twinweight.formats.fusion import Part
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.kernels.stream import scratch_bytes
@@ -35,7 +34,7 @@ from twinweight.plan import Budget, check_mode
 from twinweight.twins import TwinState, attach, build_twins, decide
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger("twinweight")
 
@@ -77,7 +76,7 @@ def load(
     where = _device(device)
     ckpt, fmt, model = _open(path, where, dtype)
     dtype = model.dtype
-    layout = _lay_out(model, ckpt, fmt, where, dtype)
+    layout = lay_out(model, ckpt, fmt, where, dtype)
     crossovers = crossovers or Crossovers()
     budget = _budget(model, layout, where, dtype, utilization, kv_floor)
     decided = decide(layout.shapes, budget, chosen, crossovers, request=request)
@@ -88,7 +87,9 @@ def load(
         _load_dense(model, ckpt, layout, where)
         attach(model, TwinState(decided, crossovers))
         build_twins(model, step)
-    _load_generation_config(model, ckpt)
+    if (generation := _generation_config(ckpt)) is not None:
+        model.generation_config = generation
+    model.save_pretrained = _not_saved  # type: ignore[method-assign]
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
@@ -109,8 +110,8 @@ def describe(path: str | Path, device: str | torch.device | None = "cpu") -> Des
     """What `load` would load, without reading a weight. Raises CheckpointError and UnsupportedError as `load` does."""
     where = _device(device)
     ckpt, fmt, model = _open(path, where, None)
-    layout = _lay_out(model, ckpt, fmt, where, model.dtype)
-    return Description(type(model).__name__, fmt.name, model.config, model.dtype, layout.shapes, _dense_bytes(model, layout))
+    layout = lay_out(model, ckpt, fmt, where, model.dtype)
+    return Description(type(model).__name__, fmt.name, model.config, model.dtype, layout.shapes, dense_bytes(model, layout))
 
 
 def _open(
@@ -119,20 +120,8 @@ def _open(
     ckpt = Checkpoint.open(path)
     fmt = formats.detect(ckpt)
     config = _config(ckpt)
+    _generation_config(ckpt)
     return ckpt, fmt, _skeleton(config, _dtype(dtype, config, device), ckpt)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What goes where, from headers alone, by the model's names.
-
-    parts: int4 module -> the stored modules it is made of. shapes: of the int4 modules. dense: parameter or buffer that is
-    stored as it is -> its tensor in the checkpoint, or the parts it is joined from.
-    """
-
-    parts: Mapping[str, tuple[Part, ...]]
-    shapes: Mapping[str, Shape]
-    dense: Mapping[str, str | tuple[Part, ...]]
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -207,64 +196,14 @@ def _damaged(ckpt: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(file=ckpt.path / "config.json", expected="the configuration of a model", found=found)
 
 
-def _lay_out(
-    model: PreTrainedModel, ckpt: Checkpoint, fmt: formats.Format, device: torch.device, dtype: torch.dtype
-) -> _Layout:
-    """Match modules and tensors, and check every header. Raises before anything is read."""
-    names = match_names(model, ckpt)
-    linears = {name: (m.out_features, m.in_features) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    stored = {names.module(name): shape for name, shape in linears.items()}
-    parts: dict[str, tuple[Part, ...]] = {}
-    shapes: dict[str, Shape] = {}
-    for name, (n, k) in linears.items():
-        if f"{name}.weight" in tied and f"{name}.weight" not in names.tensors and not fmt.owned_tensors(names.module(name)):
-            continue
-        found = fusion.resolve(names.module(name), stored, lambda module: fusion.stored_shape(fmt, module), ckpt.source)
-        if not fusion.is_int4(fmt, found):
-            continue
-        kind = fusion.check_int4(fmt, found)
-        parts[name] = found
-        shapes[name] = Shape(n, k, kind.group_size, kind.symmetric, kind.act_order, dtype, device)
-    dense: dict[str, str | tuple[Part, ...]] = {}
-    for name, tensor in _stored_tensors(model):
-        module = name.rpartition(".")[0]
-        if name in names.tensors:
-            if module not in parts:
-                dense[name] = names.tensors[name]
-                _check_shape(ckpt, names.tensors[name], tuple(tensor.shape))
-        elif module in parts or name in tied:
-            continue
-        elif module in linears:
-            dense[name] = fusion.resolve(names.module(module), stored, lambda m: fusion.stored_shape(fmt, m), ckpt.source)
-        else:
-            raise CheckpointError(file=ckpt.source, tensor=name, expected=f"shape {list(tensor.shape)}", found="no such tensor")
-    return _Layout(parts, shapes, dense)
-
-
-def _check_shape(ckpt: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    info = ckpt.info(name)
-    if info.shape != shape:
-        raise CheckpointError(file=info.file, tensor=name, expected=f"shape {list(shape)}", found=str(list(info.shape)))
-
-
-def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers: what a checkpoint must hold. Tied parameters appear under each of their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
-
-
 def _budget(
-    model: PreTrainedModel, layout: _Layout, device: torch.device, dtype: torch.dtype, utilization: float, kv_floor: int | None
+    model: PreTrainedModel, layout: Layout, device: torch.device, dtype: torch.dtype, utilization: float, kv_floor: int | None
 ) -> Budget:
     """The budget as it will be once the int4 and dense weights are in place: sizes are known, nothing is loaded yet."""
     memory = read_memory(device)
     backend = backend_for(device)
     weights = sum(backend.weight_bytes(s.n, s.k, s.group_size, s.act_order, s.symmetric) for s in layout.shapes.values())
-    dense = _dense_bytes(model, layout)
+    dense = dense_bytes(model, layout)
     if kv_floor is None:
         kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
@@ -274,23 +213,31 @@ def _budget(
     return Budget(memory.total, free, utilization, TILE_BYTES, reserve, kept, weights + dense)
 
 
-def _dense_bytes(model: PreTrainedModel, layout: _Layout) -> int:
-    tensors = dict(_stored_tensors(model))
-    return sum(tensors[name].numel() * tensors[name].dtype.itemsize for name in layout.dense)
-
-
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that one token adds to the KV cache: keys and values of every layer that keeps them, in the activation dtype."""
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return bytes_per_token(text.num_hidden_layers, getattr(text, "layer_types", None), heads, head_dim, dtype.itemsize)
+    kinds = getattr(text, "layer_types", None)
+    try:
+        return bytes_per_token(text.num_hidden_layers, kinds, *_kv_heads(text), dtype.itemsize)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError: layers differ, and each has a config
+        layers = [text.per_layer_config[i] for i in range(text.num_hidden_layers)]
+        return sum(
+            bytes_per_token(1, kinds[i : i + 1] if kinds else None, *_kv_heads(layer), dtype.itemsize)
+            for i, layer in enumerate(layers)
+        )
+
+
+def _kv_heads(text: PretrainedConfig) -> tuple[int, int]:
+    """Key-value heads and their size; none where a model has no attention."""
+    heads = getattr(text, "num_attention_heads", None) or 0
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return getattr(text, "num_key_value_heads", None) or heads, head_dim
 
 
 def _load_int4(
     model: PreTrainedModel,
     name: str,
-    layout: _Layout,
+    layout: Layout,
     fmt: formats.Format,
     ckpt: Checkpoint,
     device: torch.device,
@@ -301,13 +248,17 @@ def _load_int4(
     parts = layout.parts[name]
     weight = fusion.read_int4(fmt, parts, dtype).to(device)
     bias = fusion.read_dense(ckpt, parts, "bias").to(device, dtype, copy=True) if old.bias is not None else None
+    for part in parts:
+        stored = f"{part.name}.bias"
+        if old.bias is None and stored in ckpt and bool(ckpt.read(stored).any()):  # GPTQ stores zeros for every module
+            raise CheckpointError(file=ckpt.source, tensor=stored, expected="no bias, by config.json", found="one")
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, Int4Linear(weight, bias))
 
 
-def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, device: torch.device) -> None:
+def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: Layout, device: torch.device) -> None:
     """Fill what is stored as it is, in the dtype the model gave it, then tie, then move the computed buffers."""
-    tensors = dict(_stored_tensors(model))
+    tensors = dict(stored_tensors(model))
     for name, source in layout.dense.items():
         module_name, _, leaf = name.rpartition(".")
         dtype = tensors[name].dtype
@@ -320,7 +271,7 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, devic
             module._parameters[leaf] = nn.Parameter(data, requires_grad=False)
         else:
             module._buffers[leaf] = data
-    model.tie_weights()
+    _tie(model, layout)
     flatten_head(model)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
@@ -332,11 +283,37 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: _Layout, devic
         )
 
 
-def _load_generation_config(model: PreTrainedModel, ckpt: Checkpoint) -> None:
+def _tie(model: PreTrainedModel, layout: Layout) -> None:
+    """Tie what the configuration ties, but for what the file holds with other values: that stays, as in transformers."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    stored = {name: model.get_parameter(name) for name in tied if name in layout.dense}
+    model.tie_weights()
+    for name, parameter in stored.items():
+        module, _, leaf = name.rpartition(".")
+        if not torch.equal(parameter, model.get_parameter(name)):
+            model.get_submodule(module)._parameters[leaf] = parameter
+    for int4 in layout.parts:  # an int4 head has no dense weight to tie
+        model.get_submodule(int4)._parameters.pop("weight", None)
+
+
+def _generation_config(ckpt: Checkpoint) -> GenerationConfig | None:
     from transformers import GenerationConfig
 
-    if (ckpt.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(ckpt.path, local_files_only=True)
+    file = ckpt.path / "generation_config.json"
+    if not file.exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(ckpt.path, local_files_only=True)
+    except Exception as error:  # whatever transformers raises for a field of another type
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(file=file, expected="settings of generation", found=found) from error
+
+
+def _not_saved(*args: object, **kwargs: object) -> None:
+    """In place of `save_pretrained`, which would write int4 tensors under a config that calls them dense."""
+    raise ConfigError(
+        "a model with int4 weights is not saved by save_pretrained: twins are derived, copy the checkpoint instead"
+    )
 
 
 @contextmanager

@@ -49,6 +49,14 @@ def boolean(config: dict[str, Any], key: str, default: bool, file: Path) -> bool
     return value
 
 
+def table(config: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """An object out of the config; null counts as empty. Raises CheckpointError for anything else."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(file=file, expected=f"{key}: an object", found=repr(value))
+    return value
+
+
 def group_size(value: int, key: str, file: Path) -> int | None:
     """Columns in a group, None for per channel (stored as -1). Raises UnsupportedError for sizes we have no kernels for."""
     if value == -1:

@@ -75,10 +75,10 @@ def parse(config: dict[str, Any], file: Path) -> Scheme:
     for key in ("kv_cache_scheme", "moe_sparsity_config"):
         if config.get(key):
             raise common.refuse(file, key, "none", config[key])
-    sparsity = config.get("sparsity_config") or {}
+    sparsity = common.table(config, "sparsity_config", file)
     if sparsity.get("format", "dense") != "dense":
         raise common.refuse(file, "sparsity_config.format", "dense", sparsity["format"])
-    if (config.get("transform_config") or {}).get("config_groups"):
+    if common.table(config, "transform_config", file).get("config_groups"):
         raise common.refuse(file, "transform_config", "none", config["transform_config"])
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:

@@ -17,9 +17,12 @@ from twinweight.checkpoint import Checkpoint
 from twinweight.errors import CheckpointError, UnsupportedError
 from twinweight.formats.common import Int4Kind
 from twinweight.formats.registry import Format
+from twinweight.safetensors_file import TensorInfo
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, concat_rows
 
 Shape = tuple[int, int]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Fused module -> its parts, top to bottom."""
@@ -72,7 +75,15 @@ def stored_shape(fmt: Format, name: str) -> Shape | None:
     if len(info.shape) != 2:
         found = str(list(info.shape))
         raise CheckpointError(file=info.file, tensor=f"{name}.weight", expected="a matrix [N, K]", found=found)
+    check_float(info, f"{name}.weight")
     return info.shape[0], info.shape[1]
+
+
+def check_float(info: TensorInfo, name: str) -> None:
+    """Raises UnsupportedError where a dense tensor holds codes that want a scale (FP8, integers)."""
+    if info.dtype not in _FLOATS:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
+        raise UnsupportedError(file=info.file, tensor=name, expected=f"{expected}, or int4", found=str(info.dtype))
 
 
 def is_int4(fmt: Format, parts: Sequence[Part]) -> bool:

@@ -80,8 +80,8 @@ def parse(config: dict[str, Any], file: Path) -> Scheme:
         symmetric=common.boolean(config, "sym", True, file),
         act_order=common.boolean(config, "desc_act", False, file),
     )
-    rules = tuple(_rule(text, override, params, file) for text, override in (config.get("dynamic") or {}).items())
-    quantizer = str((config.get("meta") or {}).get("quantizer", "")).lower()
+    rules = tuple(_rule(text, override, params, file) for text, override in common.table(config, "dynamic", file).items())
+    quantizer = str(common.table(config, "meta", file).get("quantizer", "")).lower()
     lm_head = None if config.get("lm_head") is None else common.boolean(config, "lm_head", False, file)
     return Scheme(params, rules, stored == "gptq_v2", "gptqmodel" in quantizer, lm_head)
 

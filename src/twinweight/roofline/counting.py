@@ -32,7 +32,7 @@ def work_of(name: str, kind: str, inputs: Signature | None) -> Work | None:
         if kind == "gemm":
             return _gemm(name, inputs)
         return _memory(name, kind, inputs)
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, ZeroDivisionError):
         return None  # an op of that name with other arguments than we know
 
 
@@ -124,7 +124,9 @@ def _int4(name: str, inputs: Signature) -> Work | None:
     """Any op that takes activations [..., K] and packed nibbles: N follows from the bytes of the packed tensor."""
     if name == "twinweight::vllm_linear":
         return None  # it takes a handle: its label, or the kernel inside, knows
-    activations = next(i for i, t in enumerate(inputs.types) if t in _FLOATS and len(inputs.dims[i]) >= 2)
+    activations = next((i for i, t in enumerate(inputs.types) if t in _FLOATS and len(inputs.dims[i]) >= 2), None)
+    if activations is None:
+        return None
     packed = max((_bytes(inputs, i) for i, t in enumerate(inputs.types) if t in _PACKED), default=0)
     x, dtype = inputs.dims[activations], inputs.types[activations]
     m, k = math.prod(x[:-1]), x[-1]
