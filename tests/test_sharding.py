@@ -89,8 +89,9 @@ def test_a_kv_cache_of_layers_that_differ_is_counted_layer_by_layer() -> None:
     assert shard(config, 2).kv_bytes_per_token == expected // 2
     from transformers import AutoConfig
 
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    assert kv_bytes_per_token(AutoConfig.for_model("gemma4_text", **fields), torch.bfloat16) == expected
+    for some, nbytes in ((config, expected), (config_of("falcon", "FalconForCausalLM", **FALCON), 2 * 2 * 2 * 64)):
+        fields = {k: v for k, v in some.items() if k != "model_type"}
+        assert kv_bytes_per_token(AutoConfig.for_model(some["model_type"], **fields), torch.bfloat16) == nbytes
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, 131072), (2, 65536), (8, 16384), (16, 16384)])

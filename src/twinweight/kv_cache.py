@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # `layer_types` of a config.json, by transformers 5: what keeps a state instead, or nothing, and what keeps a window.
 _STATE = frozenset(("linear_attention", "conv", "mamba"))
@@ -21,6 +22,13 @@ def bytes_per_token(layers: int, kinds: Sequence[str] | None, kv_heads: int, hea
     """
     keeping = layers if not kinds else sum(kind not in _NO_TOKENS for kind in kinds)
     return 2 * keeping * kv_heads * head_dim * itemsize
+
+
+def kv_heads(get: Callable[[str], Any], heads: int) -> int:
+    """Key-value heads of a text config, whose fields `get` gives, or None. heads: of queries."""
+    if get("multi_query") and not get("new_decoder_architecture"):  # Falcon's
+        return 1
+    return int(get("num_key_value_heads") or get("num_kv_heads") or heads)
 
 
 def stateful(kinds: Sequence[str] | None) -> int:

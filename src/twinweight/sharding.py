@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twinweight import kv_cache
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
 from twinweight.kv_cache import bytes_per_token, stateful, windowed
@@ -112,8 +113,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     text = {**model.config.get_text_config().to_dict(), **given}
     decoder = quantized_modules(model)
     heads = int(text["num_attention_heads"])
-    one = text.get("multi_query") and not text.get("new_decoder_architecture")  # Falcon's
-    kv_heads = 1 if one else int(text.get("num_key_value_heads") or text.get("num_kv_heads") or heads)
+    kv_heads = kv_cache.kv_heads(text.get, heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(f"--tp {tp}: {heads} attention and {kv_heads} key-value heads do not split over so many GPUs")

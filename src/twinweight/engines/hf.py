@@ -27,7 +27,7 @@ from twinweight.formats import fusion
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.kernels.stream import scratch_bytes
-from twinweight.kv_cache import bytes_per_token
+from twinweight.kv_cache import bytes_per_token, kv_heads
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
 from twinweight.plan import Budget, check_mode
@@ -231,7 +231,7 @@ def _kv_heads(text: PretrainedConfig) -> tuple[int, int]:
     """Key-value heads and their size; none where a model has no attention."""
     heads = getattr(text, "num_attention_heads", None) or 0
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return getattr(text, "num_key_value_heads", None) or heads, head_dim
+    return kv_heads(lambda name: getattr(text, name, None), heads), head_dim
 
 
 def _load_int4(
