@@ -24,7 +24,7 @@ def bytes_per_token(layers: int, kinds: Sequence[str] | None, kv_heads: int, hea
     return 2 * keeping * kv_heads * head_dim * itemsize
 
 
-def kv_heads(get: Callable[[str], Any], heads: int) -> int:
+def key_value_heads(get: Callable[[str], Any], heads: int) -> int:
     """Key-value heads of a text config, whose fields `get` gives, or None. heads: of queries."""
     if get("multi_query") and not get("new_decoder_architecture"):  # Falcon's
         return 1

@@ -123,7 +123,7 @@ class Int4Linear(nn.Module):
     @property
     def twin_bytes(self) -> int:
         """Bytes that the twin holds, padding and scales included."""
-        return sum(t.untyped_storage().nbytes() for t in (self.twin, self.twin_scales) if t is not None)
+        return twins.held_bytes(self.twin, self.twin_scales)
 
     def build_twin(self, kind: str | torch.dtype) -> None:
         """Make the twin from the int4 weight: in place where one of this kind exists, else in new memory.

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twinweight import kv_cache
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
-from twinweight.kv_cache import bytes_per_token, stateful, windowed
+from twinweight.kv_cache import bytes_per_token, key_value_heads, stateful, windowed
 
 _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
@@ -113,7 +112,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     text = {**model.config.get_text_config().to_dict(), **given}
     decoder = quantized_modules(model)
     heads = int(text["num_attention_heads"])
-    kv_heads = kv_cache.kv_heads(text.get, heads)
+    kv_heads = key_value_heads(text.get, heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(f"--tp {tp}: {heads} attention and {kv_heads} key-value heads do not split over so many GPUs")

@@ -83,6 +83,11 @@ def scales_shape(kind: str, n: int, k: int) -> tuple[int, ...] | None:
     return (n, k // GROUP) if kind == "fp8-exact" else (n,)
 
 
+def held_bytes(data: Tensor | None, scales: Tensor | None) -> int:
+    """Bytes that a twin holds, padding and scales included; 0 where there is none."""
+    return sum(t.untyped_storage().nbytes() for t in (data, scales) if t is not None)
+
+
 def nbytes(kind: str, n: int, k: int, device: torch.device) -> int:
     """Bytes of a twin, padding and scales included."""
     shape = scales_shape(kind, n, k)

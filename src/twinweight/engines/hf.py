@@ -27,7 +27,7 @@ from twinweight.formats import fusion
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import TILE_BYTES
 from twinweight.kernels.stream import scratch_bytes
-from twinweight.kv_cache import bytes_per_token, kv_heads
+from twinweight.kv_cache import bytes_per_token, key_value_heads
 from twinweight.linear import Int4Linear
 from twinweight.memory import read_memory
 from twinweight.plan import Budget, check_mode
@@ -87,8 +87,6 @@ def load(
         _load_dense(model, ckpt, layout, where)
         attach(model, TwinState(decided, crossovers))
         build_twins(model, step)
-    if (generation := _generation_config(ckpt)) is not None:
-        model.generation_config = generation
     model.save_pretrained = _not_saved  # type: ignore[method-assign]
     model.eval()  # type: ignore[no-untyped-call]
     return model
@@ -119,9 +117,11 @@ def _open(
 ) -> tuple[Checkpoint, formats.Format, PreTrainedModel]:
     ckpt = Checkpoint.open(path)
     fmt = formats.detect(ckpt)
-    config = _config(ckpt)
-    _generation_config(ckpt)
-    return ckpt, fmt, _skeleton(config, _dtype(dtype, config, device), ckpt)
+    config, generation = _config(ckpt), _generation_config(ckpt)
+    model = _skeleton(config, _dtype(dtype, config, device), ckpt)
+    if generation is not None:
+        model.generation_config = generation
+    return ckpt, fmt, model
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -231,7 +231,7 @@ def _kv_heads(text: PretrainedConfig) -> tuple[int, int]:
     """Key-value heads and their size; none where a model has no attention."""
     heads = getattr(text, "num_attention_heads", None) or 0
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    return kv_heads(lambda name: getattr(text, name, None), heads), head_dim
+    return key_value_heads(lambda name: getattr(text, name, None), heads), head_dim
 
 
 def _load_int4(
@@ -288,12 +288,12 @@ def _tie(model: PreTrainedModel, layout: Layout) -> None:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     stored = {name: model.get_parameter(name) for name in tied if name in layout.dense}
     model.tie_weights()
-    for name, parameter in stored.items():
+    for name in tied:
         module, _, leaf = name.rpartition(".")
-        if not torch.equal(parameter, model.get_parameter(name)):
-            model.get_submodule(module)._parameters[leaf] = parameter
-    for int4 in layout.parts:  # an int4 head has no dense weight to tie
-        model.get_submodule(int4)._parameters.pop("weight", None)
+        if module in layout.parts:  # an int4 head has no dense weight to tie
+            model.get_submodule(module)._parameters.pop(leaf, None)
+        elif name in stored and not torch.equal(stored[name], model.get_parameter(name)):
+            model.get_submodule(module)._parameters[leaf] = stored[name]
 
 
 def _generation_config(ckpt: Checkpoint) -> GenerationConfig | None:

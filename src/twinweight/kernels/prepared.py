@@ -37,6 +37,11 @@ class KernelWeight:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def takes_group(k: int, group_size: int) -> bool:
+    """Whether kernels take groups of so many columns: all K, or a multiple of 32 that divides it."""
+    return group_size == k or (group_size > 0 and k % group_size == 0 and group_size % 32 == 0)
+
+
 def group_order(weight: Int4Weight) -> Tensor | None:
     """The column order that makes groups contiguous, int32 [K], or None where they already are."""
     if weight.g_idx is None:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .order import BLOCK, BLOCK_WORDS, padded_rows, padded_words
+from .prepared import takes_group
 from .tiles import AmpereTiles, DeviceTraits
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16)
@@ -300,7 +301,7 @@ def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_
     if packed.dtype != torch.int32 or packed.shape != (padded_rows(n), words):
         expected = f"int32 [{padded_rows(n)}, {words}] for N={n}, K={k}"
         raise ValueError(f"packed: expected {expected}, found {packed.dtype} {list(packed.shape)}")
-    if group_size <= 0 or k % group_size or (group_size != k and group_size % 32):
+    if group_size <= 0 or not takes_group(k, group_size):
         raise ValueError(f"group_size: expected K={k} or a multiple of 32 that divides it, found {group_size}")
     groups = k // group_size
     if scales.dtype not in FLOAT_TYPES or scales.shape != (n, groups):

@@ -230,7 +230,7 @@ class Life:
         """A form is a kind of twin, an own copy, or "own+<kind>". Returns what could be had: without the copy where that would
         not be exact, None for nothing.
         """
-        copied = measure.OWN in form.split("+") and own.fill(kernel)
+        copied = measure.has_copy(form) and own.fill(kernel)
         got = form if copied else measure.twin_of(form)
         if got is None:
             return None
@@ -357,7 +357,7 @@ class Life:
 
 def _allocate(kernel: TwinLinearKernel, form: str) -> str:
     build.allocate(kernel, measure.twin_of(form))
-    if measure.OWN in form.split("+"):
+    if measure.has_copy(form):
         own.allocate(kernel)
     return form
 

@@ -23,6 +23,7 @@ from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs
 from twinweight.kernels import backend_for
 from twinweight.kernels.launch import compile_together
+from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import Offer, TwinOption
@@ -191,7 +192,7 @@ def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> 
 def shape_of(kernel: Wrapped) -> Shape:
     """What the embedded engine would call a layer's shape."""
     c = kernel.config
-    group = kernel.k if c.group_size <= 0 or not own.takes_group(kernel.k, int(c.group_size)) else int(c.group_size)
+    group = kernel.k if c.group_size <= 0 or not takes_group(kernel.k, int(c.group_size)) else int(c.group_size)
     return Shape(kernel.n, kernel.k, group, not c.zero_points, False, kernel.dtype, kernel.device)
 
 
@@ -227,6 +228,11 @@ def forms(copy: int | None, twins: Mapping[str, int], order: Sequence[tuple[str,
     ways, taken = zip(*order, ("stream", Path.STREAM), strict=True)
     both = [Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[-1]), (*taken, Path.TWIN)) for f in alone]
     return (*alone, Form(OWN, copy, ways, taken, is_twin=False), *both)
+
+
+def has_copy(form: str) -> bool:
+    """Whether a form, by its name, holds an own copy."""
+    return OWN in form.split("+")
 
 
 def twin_of(form: str) -> str | None:

@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 
+from twinweight import twin
 from twinweight.engines.vllm import identity
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels import backend_for, gpu, int4_path
 from twinweight.kernels.launch import compile_together
-from twinweight.kernels.prepared import KernelWeight
+from twinweight.kernels.prepared import KernelWeight, takes_group
 from twinweight.paths import Path, pick
 from twinweight.recover import recover
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
@@ -40,16 +41,13 @@ _MOST_TRIED = 4096  # rows: their products are held in fp32
 
 
 def can_have(kernel: Wrapped) -> bool:
-    """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there."""
+    """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there. vLLM has
+    kernels for groups that ours do not take (16).
+    """
     c = kernel.config
     if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False) or not takes_group(kernel.k, _group_size(kernel)):
         return False
     return kernel.device.type != "cpu" or CpuLayout.of(kernel) is not None
-
-
-def takes_group(k: int, group_size: int) -> bool:
-    """Whether our kernels take groups of so many columns; vLLM has kernels that take others (16)."""
-    return group_size == k or (k % group_size == 0 and group_size % 32 == 0)
 
 
 def nbytes(kernel: Wrapped) -> int:
@@ -60,8 +58,7 @@ def nbytes(kernel: Wrapped) -> int:
 
 def held_bytes(kernel: Wrapped) -> int:
     """Bytes of what a layer has besides its own weight."""
-    tensors = [t for t in (kernel.twin, kernel.twin_scales) if t is not None]
-    return sum(t.untyped_storage().nbytes() for t in tensors) + (kernel.own.nbytes if kernel.own is not None else 0)
+    return twin.held_bytes(kernel.twin, kernel.twin_scales) + (kernel.own.nbytes if kernel.own is not None else 0)
 
 
 @torch.inference_mode()
