@@ -11,8 +11,6 @@ from torch import Tensor
 SYMMETRIC_ZERO = 8
 """Zero point of a symmetric weight: stored values 0..15 stand for -8..7."""
 
-_SHIFTS = tuple(range(0, 32, 4))
-
 
 @dataclass(frozen=True)
 class Int4Weight:
@@ -116,12 +114,8 @@ def from_values(
 
 def pack_nibbles(values: Tensor) -> Tensor:
     """[N, K] integers 0..15 -> int32 [N, ceil(K / 8)], column 8i + j in bits 4j..4j+3 of word i."""
-    n, k = values.shape
-    padded = torch.nn.functional.pad(values.to(torch.int32), (0, -k % 8)).view(n, -1, 8)
-    words = torch.zeros(n, padded.shape[1], dtype=torch.int32, device=values.device)
-    for j, shift in enumerate(_SHIFTS):
-        words |= padded[:, :, j] << shift
-    return words
+    octets = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[1] % 8))
+    return (octets[:, ::2] | octets[:, 1::2] << 4).view(torch.int32)  # little-endian, as in `unpack_nibbles`
 
 
 def unpack_nibbles(words: Tensor) -> Tensor:

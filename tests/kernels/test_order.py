@@ -12,7 +12,7 @@ from twinweight.weight import unpack_nibbles
 @pytest.mark.parametrize("n", [5, 16, 33])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_there_and_back(n: int, k: int, shuffled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("twinweight.kernels.order.TILE_BYTES", 16 * padded_words(k) * 64)  # 16 rows a tile
+    monkeypatch.setattr("twinweight.kernels.order.TILE_BYTES", 16 * padded_words(k) * 32)  # 16 rows a tile
     w = random_weight(n, k, k)
     perm = torch.randperm(k) if shuffled else None
     stored = to_kernel_order(w.packed, k, perm)

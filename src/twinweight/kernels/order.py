@@ -26,6 +26,10 @@ ROWS = 16
 """Rows stored together; the weight is padded to a multiple of them."""
 
 
+_BYTES_A_VALUE = 4
+"""Of temporaries, at most."""
+
+
 def padded_words(k: int) -> int:
     """Words of a row of k columns."""
     return -(-k // BLOCK) * BLOCK_WORDS
@@ -50,10 +54,10 @@ def to_kernel_order(packed: Tensor, k: int, perm: Tensor | None = None) -> Tenso
             values = values.index_select(1, perm)
         rows = padded_rows(len(values))
         padded = torch.nn.functional.pad(values, (0, words * 8 - k, 0, rows - len(values)))
-        # [row, block, j, i, half] -> [row, block, i, half, j]: a word's nibbles side by side, the low half first
-        nibbles = padded.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 4, 2).reshape(rows, -1)
-        stored = pack_nibbles(nibbles).view(rows // ROWS, ROWS, -1, BLOCK_WORDS).transpose(1, 2)
-        out[at : at + rows] = stored.reshape(rows, words)
+        # [16 rows, row, block, j // 2, j % 2, i, half]: a byte of a word holds an even j, and the next one above it
+        pairs = padded.view(rows // ROWS, ROWS, -1, 2, 2, BLOCK_WORDS, 2)
+        octets = pairs[:, :, :, :, 0] | pairs[:, :, :, :, 1] << 4
+        out[at : at + rows] = octets.permute(0, 2, 1, 4, 5, 3).reshape(rows, words * 4).view(torch.int32)
     return out
 
 
@@ -65,12 +69,11 @@ def from_kernel_order(packed: Tensor, n: int, k: int, perm: Tensor | None = None
     step = _rows_a_tile(words)
     for at in range(0, n, step):
         stored = packed[at : at + step]
-        plain = stored.view(len(stored) // ROWS, -1, ROWS, BLOCK_WORDS).transpose(1, 2).reshape(len(stored), words)
-        nibbles = unpack_nibbles(plain)[: n - at]
-        values = nibbles.view(len(nibbles), -1, 8, 2, 4).permute(0, 1, 4, 2, 3).reshape(len(nibbles), -1)[:, :k]
+        octets = stored.view(torch.uint8).view(len(stored) // ROWS, -1, ROWS, BLOCK_WORDS, 2, 2).permute(0, 2, 1, 5, 3, 4)
+        values = torch.stack((octets & 15, octets >> 4), dim=4).view(len(stored), -1)[: n - at, :k]
         out[at : at + step] = pack_nibbles(values if inverse is None else values.index_select(1, inverse))
     return out
 
 
 def _rows_a_tile(words: int) -> int:
-    return max(1, TILE_BYTES // (words * 8 * 8) // ROWS) * ROWS
+    return max(1, TILE_BYTES // (words * 8 * _BYTES_A_VALUE) // ROWS) * ROWS
