@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from tests.helpers import random_weight
+from tests.kernels.cases import DEVICE
+from twinweight import recover as recover_module
+from twinweight.kernels.recover import recover_groups
 from twinweight.recover import recover
 from twinweight.weight import from_values
 
@@ -19,6 +22,18 @@ def test_comes_back(n: int, k: int, group: int, symmetric: bool, dtype: torch.dt
     assert not symmetric or found.zeros is None
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_negative_scales_need_no_zero_points(symmetric: bool) -> None:
+    """As AutoRound writes them, and as dummy weights have them."""
+    weight = random_weight(16, 256, 64, symmetric=symmetric)
+    weight.scales[::3] *= -1
+    dense = weight.dequantize()
+    found = recover(dense, 64)
+    assert found is not None
+    assert torch.equal(found.dequantize(), dense)
+    assert (found.zeros is None) == symmetric
+
+
 @pytest.mark.parametrize("value", [0, 1, 7, 8, 9, 15])
 def test_groups_of_one_value(value: int) -> None:
     values = torch.full((4, 64), value)
@@ -29,6 +44,24 @@ def test_groups_of_one_value(value: int) -> None:
     found = recover(dense, 64)
     assert found is not None
     assert torch.equal(found.dequantize(), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 96, 128])
+def test_the_kernel_of_gpus_finds_the_same(group: int, symmetric: bool, dtype: torch.dtype) -> None:
+    weight = random_weight(24, 2 * group, group, dtype, symmetric)
+    values = weight.dequantize().view(-1, group)
+    values[3:9] = 0
+    values[5] = torch.randn(group).to(dtype)  # has no form
+    expected = torch.empty_like(values, dtype=torch.int8), torch.empty_like(values[:, 0])
+    rest = torch.arange(len(values)) != 5
+    assert recover_module._recover_groups(values[rest], *(parts := (expected[0][rest], expected[1][rest])))
+    steps, scales = (t.to(DEVICE) for t in expected)
+    found = recover_groups(values.to(DEVICE), steps, scales, recover_module._LIKELY, recover_module._STEPS)
+    assert torch.equal(found.bool().cpu(), rest)
+    assert torch.equal(steps.cpu()[rest], parts[0])
+    assert torch.equal(scales.cpu()[rest], parts[1])
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(8, 128, 128)])

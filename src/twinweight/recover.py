@@ -16,8 +16,8 @@ _LIKELY = (7, 8, 15, *range(14, 8, -1), *range(6, 0, -1))
 _FIRST = 16
 """Values of a group that are tried first: a wrong scale fails on these."""
 
-_VALUES = {"cpu": 1 << 21, "cuda": 1 << 24}
-"""Values worked on at a time: 30 and 240 MiB of temporaries. A GPU waits for the host after each pass."""
+_VALUES = 1 << 21
+"""Values worked on at a time on a CPU: 30 MiB of temporaries."""
 
 
 def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
@@ -33,16 +33,17 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
     groups = dense.reshape(-1, group_size)
     steps = torch.empty(groups.shape, dtype=torch.int8, device=dense.device)
     scales = torch.empty(groups.shape[0], dtype=dense.dtype, device=dense.device)
-    at_once = max(1, _VALUES.get(dense.device.type, _VALUES["cpu"]) // group_size)
-    for at in range(0, groups.shape[0], at_once):
-        part = slice(at, at + at_once)
-        if not _recover_groups(groups[part], steps[part], scales[part]):
-            return None
+    if not _recover_all(groups, steps, scales):
+        return None
     low, high = steps.amin(1), steps.amax(1)
     shape = (n, k // group_size)
-    if bool((low >= -SYMMETRIC_ZERO).all()) and bool((high < 16 - SYMMETRIC_ZERO).all()):
+    above = high == SYMMETRIC_ZERO  # as with the scale's sign turned: some quantizers write negative ones
+    if bool(((low >= -SYMMETRIC_ZERO) & (high < SYMMETRIC_ZERO) | above & (low > -SYMMETRIC_ZERO)).all()):
         zeros = None
         shift: Tensor | int = SYMMETRIC_ZERO
+        sign = 1 - 2 * above.to(torch.int8)
+        steps *= sign[:, None]
+        scales *= sign
     else:
         # Near 8, so that padded or symmetric groups look as a quantizer would have written them.
         z = torch.minimum(torch.maximum(-low, torch.full_like(low, SYMMETRIC_ZERO)), 15 - high)
@@ -52,6 +53,17 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
         shift = z[:, None]
     values = (steps + shift).to(torch.uint8).view(n, k)
     return Int4Weight(pack_nibbles(values), scales.view(shape), zeros, None, group_size, k)
+
+
+def _recover_all(groups: Tensor, steps: Tensor, scales: Tensor) -> bool:
+    """Fill steps [R, g] and scales [R]; False where a group has no form. A GPU reads the groups once and waits once."""
+    if groups.device.type != "cpu":
+        from twinweight.kernels.recover import recover_groups
+
+        return bool(recover_groups(groups, steps, scales, _LIKELY, _STEPS).all())
+    at_once = max(1, _VALUES // groups.shape[1])
+    parts = [slice(at, at + at_once) for at in range(0, groups.shape[0], at_once)]
+    return all(_recover_groups(groups[part], steps[part], scales[part]) for part in parts)
 
 
 def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:

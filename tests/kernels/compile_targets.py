@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinweight.kernels import expand, fused, tiles
+from twinweight.kernels import expand, fused, recover, tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True, gluon=True)),
@@ -94,6 +94,9 @@ def variants(
     e = tiles.expand_tiles(N, k, group_size, traits)
     constants = {**common, "HAS_PERM": ragged, "EVEN": not ragged, "BLOCK_N": e.block_n, "BLOCK_W": e.block_words}
     made["expand"] = (expand._expand_kernel, constants | ({} if ragged else {"perm_ptr": None}), {"num_warps": e.num_warps})
+    if not ragged:
+        constants = {"GROUP": 128, "COLUMNS": 128, "ROWS": 16, "STEPS": 15, "NATIVE": traits.rounds_bf16}
+        made["recover"] = (recover._recover_kernel, constants, {"num_warps": 4})
     return made
 
 
@@ -126,7 +129,8 @@ def ampere_constants(t: tiles.AmpereTiles) -> Constants:
 def compile_one(
     kernel: Any, constants: Constants, options: dict[str, int], dtype: str, target: GPUTarget, aligned: bool
 ) -> Any:
-    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*i16", "parts_ptr": "*fp32", "counters_ptr": "*i32", "perm_ptr": "*i64"}
+    pointers = {"packed_ptr": "*i32", "zeros_ptr": "*i16", "parts_ptr": "*fp32", "counters_ptr": "*i32", "perm_ptr": "*i64",
+                "likely_ptr": "*fp32", "steps_ptr": "*i8", "found_ptr": "*i8"}  # fmt: skip
     signature, attributes = {}, {}
     for at, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -282,7 +286,7 @@ def main(arguments: list[str]) -> None:
                     amd = compiled.asm.get("amdgcn")
                     facts = _amd(amd) if amd is not None else _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
                     row = {"target": name, "kernel": kernel, "shape": shape, "dtype": dtype, "symmetric": symmetric, **facts}
-                    if amd is not None:
+                    if amd is not None and "BLOCK_W" in constants:
                         tile = constants["BLOCK_N"] * constants["BLOCK_W"] * 8
                         lanes = target.warp_size * options["num_warps"]
                         row["per_weight"] = round(facts["loop_vector"] * lanes / tile, 2)
