@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -123,33 +122,73 @@ def test_own_copies_are_not_counted_as_twins() -> None:
     assert telling.built(found) == "0 twins"
 
 
-@pytest.mark.parametrize("elsewhere", [[], ["wide"]])
-def test_copies_that_compute_something_else_go_on_all_ranks_and_their_twins_stay(
-    elsewhere: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from twinweight.engines.vllm import life as module
-    from twinweight.engines.vllm.kernel import TwinLinearKernel
+class Kinds:
+    """A life whose layers a and b are wide and c is tall, all planned with copies, b and c with nothing else; a plan without
+    the copies of a kind gives it twins. What the other rank finds is `elsewhere`.
+    """
 
-    found = life()
-    forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
-    found.built = {name: replace(found.built[name], form=form) for name, form in forms.items()}
-    for name, kind in {"a": "wide", "b": "wide", "c": "tall"}.items():
-        kernel: Any = TwinLinearKernel.__new__(TwinLinearKernel)
-        kernel.kind, kernel.own, kernel.twin = kind, object(), object() if name == "a" else None
-        kernel.route = [0, Path.INT4, 64, Path.FUSED, *([128, Path.TWIN] if name == "a" else [])]
-        found.kernels[name] = kernel
-    monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
-    monkeypatch.setattr(compat, "gather", lambda value: [value, set(elsewhere) if isinstance(value, set) else value])
-    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
-    monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
-    monkeypatch.setattr(found, "_route", lambda kernel, form: {"bfloat16": Route((0, 128), (Path.INT4, Path.TWIN))}[form])
-    monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
-    monkeypatch.setattr(own, "agrees", lambda kernel: bool(elsewhere) or kernel.kind != "wide")
-    found._try_copies()
-    assert found.built == {"a": Built("bfloat16", 7), "c": Built("own", 9)}
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, elsewhere: dict[str, str]) -> None:
+        from twinweight.engines.vllm import life as module
+
+        self.life, self.kinds, self.freed = life(), {"a": "wide", "b": "wide", "c": "tall"}, 0
+        for name, kernel in self.life.kernels.items():
+            kernel.kind = self.kinds[name]  # type: ignore[attr-defined]
+        self.elsewhere = elsewhere
+        monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
+        monkeypatch.setattr(compat, "gather", self.gather)
+        monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+        monkeypatch.setattr(compat, "memory_in_use", self.memory)
+        monkeypatch.setattr(compat, "trim_pool", lambda worker: None)
+        monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+        monkeypatch.setattr(compat, "pool", lambda worker: nullcontext())
+        monkeypatch.setattr(build, "allocate", lambda kernel, kind: setattr(kernel, "twin", kind))
+        monkeypatch.setattr(build, "fill", lambda kernel: None)
+        monkeypatch.setattr(own, "allocate", lambda kernel: setattr(kernel, "own", object()))
+        monkeypatch.setattr(own, "fill", lambda kernel: True)
+        monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
+        monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
+        monkeypatch.setattr(own, "agrees", lambda kernel: True)
+        monkeypatch.setattr(self.life, "_offers", dict)
+        monkeypatch.setattr(self.life, "_plan", self.plan)
+        monkeypatch.setattr(self.life, "_route", self.route)
+        self.life.plan = self.plan()
+
+    def gather(self, value: Any) -> list[Any]:
+        reasons = isinstance(value, dict) and value.keys() <= {"wide", "tall"} and not self.life.no_copies
+        return [value, self.elsewhere if reasons else value]
+
+    def memory(self, worker: Any) -> int:
+        self.freed += all(kernel.own is None and kernel.twin is None for kernel in self.life.kernels.values())
+        return 0
+
+    def plan(self) -> Plan:
+        forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
+        forms |= {name: "bfloat16" for name, kind in self.kinds.items() if kind in self.life.no_copies}
+        options = {name: TwinOption(form, 9, 1.0, not form.startswith("own")) for name, form in forms.items()}
+        return Plan("soft", Budget(1 << 30, 1 << 30), options, {})
+
+    def route(self, kernel: Any, form: str) -> Route:
+        return Route((0, 128), (Path.INT4, Path.TWIN)) if form == "bfloat16" else Route((0, 64), (Path.INT4, Path.FUSED))
+
+
+@pytest.mark.parametrize("where", ["made", "tried", "made elsewhere"])
+def test_without_the_copies_that_cannot_be_had_there_is_another_plan(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a copy would have done may be worth a twin. All ranks plan anew."""
+    why = {"tried": "our kernels compute something else"}.get(where, "the weight cannot be read back exactly")
+    server = Kinds(monkeypatch, {"wide": why} if where == "made elsewhere" else {})
+    found = server.life
+    if where == "made":
+        monkeypatch.setattr(own, "fill", lambda kernel: kernel.kind != "wide")  # type: ignore[attr-defined]
+    if where == "tried":
+        monkeypatch.setattr(own, "agrees", lambda kernel: kernel.kind != "wide")  # type: ignore[attr-defined]
+    found._build()
+    assert found.built == {"a": Built("bfloat16", 7), "b": Built("bfloat16", 7), "c": Built("own", 9)}
     assert {name: k.own is not None for name, k in found.kernels.items()} == {"a": False, "b": False, "c": True}
-    assert [found.kernels[n].route for n in "ab"] == [[0, Path.INT4, 128, Path.TWIN], [0, Path.INT4]]
-    assert "something else than wide;" in caplog.text
+    assert [found.kernels[n].route for n in "abc"] == [[0, Path.INT4, 128, Path.TWIN]] * 2 + [[0, Path.INT4, 64, Path.FUSED]]
+    assert f"no own int4 copies for wide: {why}" in caplog.text
+    assert server.freed == 1  # before the second plan
 
 
 def test_what_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,42 +231,38 @@ def test_timing_that_fails_in_any_way_leaves_int4(
 
 @pytest.mark.usefixtures("alone")
 def test_only_what_is_really_there_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A copy that would not be exact is not made, nor an 8-bit twin of a weight that cannot be read back."""
+    """An 8-bit twin of a weight that cannot be read back is not."""
     found = life()
-    forms = {"a": "own+bfloat16", "b": "own", "c": "fp8-exact"}
+    forms = {"a": "bfloat16", "b": "fp8-exact"}
     found.plan = Plan("soft", Budget(1 << 30, 1 << 30), {n: TwinOption(form, 9 * MIB, 1.0) for n, form in forms.items()}, {})
 
     def fill(kernel: Any) -> None:
-        if kernel is found.kernels["c"]:
+        if kernel is found.kernels["b"]:
             raise build.Unreadable("the int4 weight behind Inner cannot be read back")
 
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
-    monkeypatch.setattr(own, "fill", lambda kernel: False)
     monkeypatch.setattr(own, "held_bytes", lambda kernel: 4 * MIB)
     monkeypatch.setattr(build, "allocate", lambda kernel, kind: None)
     monkeypatch.setattr(build, "fill", fill)
     monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
     found._build()
     assert found.built == {"a": Built("bfloat16", 4 * MIB)}
-    assert {key: found.status()[key] for key in ("twins", "missed", "bytes")} == {"twins": 1, "missed": 2, "bytes": 4 * MIB}
-    assert [found.kernels[name].twin for name in "bc"] == [None, None]
+    assert {key: found.status()[key] for key in ("twins", "missed", "bytes")} == {"twins": 1, "missed": 1, "bytes": 4 * MIB}
+    assert found.kernels["b"].twin is None
     assert "no fp8-exact twin: the int4 weight behind Inner cannot be read back" in caplog.text
     assert found._make_room(1) == 4 * MIB
 
 
 def test_ranks_keep_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
     found = life()
-    mine, theirs = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}, {"a": "bfloat16", "c": "bfloat16"}
+    mine, theirs = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}, {"a": "own+bfloat16", "c": "bfloat16"}
     sizes = {"a": 5, "c": 6}
     monkeypatch.setattr(compat, "gather", lambda value: [value, theirs if "b" in value else sizes])
     monkeypatch.setattr(own, "held_bytes", lambda kernel: 7)
-    monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
-    for name in "ab":
-        found.kernels[name].own = object()  # type: ignore[assignment]
+    found.kernels["b"].own = object()  # type: ignore[assignment]
     found._keep_common(mine)
-    assert found.built == {"a": Built("bfloat16", 5), "c": Built("bfloat16", 6)}
-    assert [found.kernels[name].own for name in "abc"] == [None] * 3
-    assert found.kernels["b"].twin is None
+    assert found.built == {"a": Built("own+bfloat16", 5), "c": Built("bfloat16", 6)}
+    assert (found.kernels["b"].twin, found.kernels["b"].own) == (None, None)
 
 
 def test_weights_stay_gone_while_a_worker_sleeps_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Built:
 
 class Life:
     """Follows one worker object. built: the layers with a twin, an own copy or both, the most valuable bytes first.
+    no_copies: the kinds of layers, as text, of which an own int4 copy was tried and cannot be had.
     gone: whether sleeping threw the weights away, so that they come back by a reload.
     """
 
@@ -47,6 +48,7 @@ class Life:
         self.config = config
         self.kernels: dict[str, TwinLinearKernel] = {}
         self.built: dict[str, Built] = {}
+        self.no_copies: set[str] = set()
         self.asleep = self.gone = False
         self.kv_fixed = False
 
@@ -75,7 +77,8 @@ class Life:
         started = time.perf_counter()
         with compat.forward_context(self.worker):
             self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
-            self.offers = self._offers(self._measure())
+            self.measured, self.no_copies = self._measure(), set()
+            self.offers = self._offers()
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
@@ -118,13 +121,18 @@ class Life:
         kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items()}
         return plan(kinds, budget, self.offers, self.workload, self.config.mode)
 
-    def _offers(self, measured: Mapping[Kind, Measured]) -> dict[Kind, measure.Offered]:
+    def _offers(self) -> dict[Kind, measure.Offered]:
         """What each kind of layer could have. A decode step of one sequence stays on int4, its speculated tokens included."""
         rows = compat.draft_rows(self.worker)
         least = rows + 1 if rows > 1 else 0
         given = self.config.crossover
         kernels = self._one_of_each()
-        offers = {kind: measure.offer(k, measured.get(kind), given, least, self._lossy(k)) for kind, k in kernels.items()}
+        offers = {
+            kind: measure.offer(
+                k, self.measured.get(kind), given, least, self._lossy(k), copies=str(kind) not in self.no_copies
+            )
+            for kind, k in kernels.items()
+        }
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
             log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
         return offers
@@ -148,71 +156,72 @@ class Life:
         return offered.route(next(f for f in offered.forms if f.name == name))
 
     def _build(self) -> None:
-        """Build what is planned, the most valuable bytes first; the group keeps what every rank could build."""
+        """Build what is planned; without the copies that cannot be had, by another plan."""
         before = compat.memory_in_use(self.worker)
-        ranked = sorted(self.plan.twins.items(), key=lambda item: -item[1].saved_us / item[1].nbytes)
-        made = _together(lambda: self._made([(name, option.name) for name, option in ranked]))
-        self._keep_common(made)
-        if compat.device_of(self.worker).type != "cpu":
-            self._try_copies()
-        if self.config.mode == "hard" and any(o.is_twin and name not in self.built for name, o in ranked):
+        while lost := self._lost(self._ranked()):
+            log.warning("Twinweight: no own int4 copies for %s", "; ".join(f"{kind}: {why}" for kind, why in lost.items()))
+            self.no_copies |= lost.keys()
+            for kernel in self.kernels.values():
+                kernel.drop()
+            self._give_back()
+            self.offers = self._offers()
+            self.plan = self._plan()
+        if self.config.mode == "hard" and any(o.is_twin and name not in self.built for name, o in self.plan.twins.items()):
             raise BudgetError("mode hard: not all twins could be built, see the log", missing=0)
         compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
 
-    def _made(self, wanted: list[Wanted]) -> dict[str, str]:
+    def _ranked(self) -> list[Wanted]:
+        """What is planned, the most valuable bytes first."""
+        ranked = sorted(self.plan.twins.items(), key=lambda item: -item[1].saved_us / item[1].nbytes)
+        return [(name, option.name) for name, option in ranked]
+
+    def _give_back(self) -> None:
+        """The memory of what was dropped, to the device."""
+        if compat.device_of(self.worker).type != "cpu":
+            compat.trim_pool(self.worker)
+        compat.memory_in_use(self.worker)  # gives cached memory back
+
+    def _lost(self, wanted: list[Wanted]) -> dict[str, str]:
+        """Build; the group keeps what every rank could. The kinds of layers that cannot have a copy, on any rank, and why."""
+        made, lost = _together(lambda: self._made(wanted))
+        lost = _joined(lost)
+        if not lost:
+            self._keep_common(made)
+            if compat.device_of(self.worker).type != "cpu":
+                lost = _joined(_together(self._wrong))
+        return lost
+
+    def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
+        """What this rank built, name -> form; the kind of a copy that failed, and why, where it ended."""
         with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
             ready = self._until_full(wanted, _allocate)
-        return dict(self._until_full(ready, self._fill))
+        try:
+            return dict(self._until_full(ready, self._fill)), {}
+        except own.Inexact as error:
+            return {}, {str(error): "the weight cannot be read back exactly"}
+
+    def _wrong(self) -> dict[str, str]:
+        """Compile what own copies need: the kinds for which our kernels compute something else on this GPU."""
+        copies = [kernel for name in self.built if (kernel := self.kernels[name]).own is not None]
+        tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies}
+        own.compile_paths(tried.values(), compat.chunk(self.worker))
+        return {str(kind): "our kernels compute something else" for (kind, *_), k in tried.items() if not own.agrees(k)}
 
     def _keep_common(self, forms: Mapping[str, str]) -> None:
         """Keep of what this rank built, name -> form, what all did, and count the bytes that are really there."""
         everywhere = compat.gather(forms)
-        common = {}
-        for name, form in forms.items():
-            others = [found.get(name, "") for found in everywhere]
-            if any(other != form for other in others):  # a copy that is not exact everywhere goes
-                twin = self._without_copy(name, form)
-                form = twin if twin is not None and all(measure.twin_of(other) == twin for other in others) else ""
-            if form:
-                common[name] = form
-            else:
-                self.kernels[name].drop()
+        common = {name: form for name, form in forms.items() if all(found.get(name) == form for found in everywhere)}
+        for name in forms.keys() - common.keys():
+            self.kernels[name].drop()
         sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
         self.built = {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
 
-    def _without_copy(self, name: str, form: str) -> str | None:
-        """The form that is left to a layer, and its route."""
-        kernel, twin = self.kernels[name], measure.twin_of(form)
-        kernel.own = None
-        if twin is not None:
-            kernel.route = self._route(kernel, twin).flat()
-        return twin
-
-    def _try_copies(self) -> None:
-        """Compile what own copies need, and do without them where our kernels compute something else, on any rank."""
-        copies = {name: k for name in self.built if (k := self.kernels[name]).own is not None}
-        tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
-        own.compile_paths(tried.values(), compat.chunk(self.worker))
-        wrong = _together(lambda: {str(kind) for (kind, *_), kernel in tried.items() if not own.agrees(kernel)})
-        wrong.update(*compat.gather(wrong))
-        if not wrong:
-            return
-        log.warning("Twinweight: our kernels compute something else than %s; no own copies there", ", ".join(sorted(wrong)))
-        forms = {}
-        for name, built in self.built.items():
-            gone = name in copies and str(kind_of(copies[name])) in wrong
-            if (form := self._without_copy(name, built.form) if gone else built.form) is not None:
-                forms[name] = form
-            else:
-                self.kernels[name].drop()
-        self._keep_common(forms)
-
-    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], str | None]) -> list[Wanted]:
-        """Those of (name, form) that were made, in the form they got, before memory ran out, if it did; others stay int4."""
+    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool]) -> list[Wanted]:
+        """Those of (name, form) that were made before memory ran out, if it did; others stay int4."""
         done: list[Wanted] = []
         for count, (name, form) in enumerate(wanted):
             try:
-                got = make(self.kernels[name], form)
+                made = make(self.kernels[name], form)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -220,27 +229,23 @@ class Life:
                     self.kernels[rest].drop()
                 log.warning("Twinweight: out of memory while building the twin of %s, the rest stays int4", name)
                 break
-            if got is None:
-                self.kernels[name].drop()
+            if made:
+                done.append((name, form))
             else:
-                done.append((name, got))
+                self.kernels[name].drop()
         return done
 
-    def _fill(self, kernel: TwinLinearKernel, form: str) -> str | None:
-        """A form is a kind of twin, an own copy, or "own+<kind>". Returns what could be had: without the copy where that would
-        not be exact, None for nothing.
-        """
-        copied = measure.has_copy(form) and own.fill(kernel)
-        got = form if copied else measure.twin_of(form)
-        if got is None:
-            return None
+    def _fill(self, kernel: TwinLinearKernel, form: str) -> bool:
+        """Write a kind of twin, an own copy, or "own+<kind>". Raises own.Inexact where there can be no copy."""
+        if measure.has_copy(form) and not own.fill(kernel):
+            raise own.Inexact(str(kind_of(kernel)))
         try:
             build.fill(kernel)
         except build.Unreadable as error:
-            log.warning("Twinweight: no %s twin: %s", got, error)
-            return None
-        kernel.route = self._route(kernel, got).flat()
-        return got
+            log.warning("Twinweight: no %s twin: %s", form, error)
+            return False
+        kernel.route = self._route(kernel, form).flat()
+        return True
 
     def _keep(self, count: int) -> None:
         for name in list(self.built)[count:]:
@@ -285,9 +290,7 @@ class Life:
             raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
         dropped = len(sizes) - count
         self._keep(count)
-        if compat.device_of(self.worker).type != "cpu":
-            compat.trim_pool(self.worker)
-        compat.memory_in_use(self.worker)  # gives cached memory back to the device
+        self._give_back()
         compat.charge(self.worker, -freed)
         log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", dropped, freed / GIB,
                     self.floor.tokens)  # fmt: skip
@@ -355,11 +358,16 @@ class Life:
         return telling.report(self, check)
 
 
-def _allocate(kernel: TwinLinearKernel, form: str) -> str:
+def _allocate(kernel: TwinLinearKernel, form: str) -> bool:
     build.allocate(kernel, measure.twin_of(form))
     if measure.has_copy(form):
         own.allocate(kernel)
-    return form
+    return True
+
+
+def _joined(found: Mapping[str, str]) -> dict[str, str]:
+    """What any rank found."""
+    return {kind: why for one in compat.gather(found) for kind, why in one.items()}
 
 
 def _together(action: Callable[[], T]) -> T:

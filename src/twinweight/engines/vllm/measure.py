@@ -257,13 +257,16 @@ def in_a_server(measured: Measured) -> Measured:
     return replace(measured, times={**measured.times, **ours})
 
 
-def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()) -> Offered:
+def offer(
+    kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = (), *, copies: bool = True
+) -> Offered:
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
-    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
+    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for. copies: whether
+    there may be an own int4 copy.
     """
-    offered = forms_of(kernel, lossy)
+    offered = tuple(f for f in forms_of(kernel, lossy) if copies or not has_copy(f.name))
     if measured is not None:
         return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu")
     given = tuple(f for f in offered if not f.paths) if rows is not None else ()
