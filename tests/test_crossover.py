@@ -109,6 +109,31 @@ def test_stairs_are_found_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.route(["int4", "twin:bfloat16"]).starts[1] == 21  # 6 steps of 4 rows take longer than the twin, 5 do not
 
 
+H200 = {
+    "fused": {1: 6.77, 8: 6.83, 16: 7.46, 32: 8.24, 64: 10.7, 96: 12.7, 128: 14.5, 170: 17.3, 182: 17.6, 256: 20.2, 384: 23.5,
+              512: 27.5, 8192: 383},
+    "twin:bfloat16": {1: 12.9, 32: 13.1, 64: 11.9, 108: 12.3, 112: 15.4, 128: 14.0, 159: 15.6, 160: 19.3, 170: 16.4, 256: 17.0,
+                      512: 25.4, 8192: 356},
+}  # fmt: skip
+"""Microseconds up to so many rows: 4096 x 4096 (`tune --check`)."""
+
+
+def test_jumps_of_a_gpu_are_found_between_the_sizes_of_the_grid(clock: dict[str, Callable[[int], float]]) -> None:
+    """At no size of the grid from 64 to 160 is the twin ahead of `fused`, and by a sixth between."""
+    clock.clear()
+    clock |= {c: lambda m, steps=steps: next(us for most, us in steps.items() if m <= most) * 1e-6 for c, steps in H200.items()}  # type: ignore[misc]
+    found = time_variants(dict.fromkeys(clock, lambda x: x), 4096, 4096, torch.bfloat16, torch.device("meta"))
+    pieces = found.pieces(found.with_twin("twin:bfloat16"))
+    regrets = {}
+    for m in range(64, 513):
+        chosen = next(c for start, c in reversed(pieces) if start <= m)
+        regrets[m] = clock[chosen](m) / min(law(m) for law in clock.values())
+    # A jump from one number of rows to the next is known as closely as sizes are.
+    assert sum(regret > 1.1 for regret in regrets.values()) <= 16, pieces
+    assert max(regrets[m] for m in (64, 76, 91, 108, 128, 152, 181, 215, 256, 304, 362, 431, 512)) <= 1.06
+    assert len(found.ms) <= len(GRID["gpu"]) + 16
+
+
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:
     slow = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU, seconds=0.0)
     assert len(slow.ms) == 5

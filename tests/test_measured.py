@@ -52,12 +52,13 @@ def test_four_paths_may_follow_each_other() -> None:
     assert str(found.route([*found.plain, "twin:bfloat16"])) == "int4 from M=1, fused from M=4, twin from M=16"
 
 
-def test_a_twin_and_fused_may_take_turns_once() -> None:
+def test_a_twin_and_fused_may_take_turns_twice() -> None:
     """As on Hopper, where the one's tiles are filled at other sizes than the other's."""
-    found = measured(int4=[1, 2, 4, 8, 16, 32], fused=[3, 3, 3, 6, 7, 24], twin_bfloat16=[9, 9, 9, 5, 9, 9])
-    assert found.with_twin("twin:bfloat16") == ("int4", "fused", "twin:bfloat16", "fused", "twin:bfloat16")
-    turns = "int4 from M=1, fused from M=4, twin from M=8, fused from M=16, twin from M=32"
-    assert str(found.route(found.with_twin("twin:bfloat16"))) == turns
+    found = measured(int4=[9] * 7, fused=[3, 3, 2, 6, 7, 24, 9], twin_bfloat16=[9, 2, 9, 5, 9, 9, 1])
+    expected = "fused from M=1, twin from M=2, fused from M=4, twin from M=8, fused from M=16, twin from M=32"
+    turns = ("fused", "twin:bfloat16")
+    assert found.with_twin("twin:bfloat16") == ("int4", *turns, *turns, *turns)
+    assert str(found.route(found.with_twin("twin:bfloat16"))) == expected
     assert measured(int4=[1, 2], twin_bfloat16=[2, 1]).with_twin("twin:bfloat16") == ("int4", "twin:bfloat16")
 
 

@@ -59,7 +59,7 @@ def test_a_layer_on_a_gpu_may_have_a_twin_a_copy_or_both() -> None:
 
 def test_our_kernels_count_as_slower_in_a_server_than_alone_where_it_decodes() -> None:
     alone, expected = machete(), measure.in_a_server(machete())
-    for choice, factors in {"own": (1.1, 1.2, 1.2, 1, 1), "fused": (1.1, 1.2, 1.2, 1, 1), "int4": (1,) * 5}.items():
+    for choice, factors in {"own": (1.05, 1.1, 1.1, 1, 1), "fused": (1.05, 1.1, 1.1, 1, 1), "int4": (1,) * 5}.items():
         ratios = [b.min / a.min for a, b in zip(alone.times[choice], expected.times[choice], strict=True)]
         assert ratios == pytest.approx(factors), choice
 
@@ -73,7 +73,7 @@ def test_paths_of_a_copy_and_of_vllm_take_turns() -> None:
         "int4 from M=1, inner from M=32, fused from M=256, twin from M=512",
     ]
     saved = {o.name: o.saved_us for o in offer.options(Workload.of({1: 1, 256: 1, 512: 2}))}
-    assert saved == pytest.approx({"bfloat16": 2 * 10 / 4, "own": (8 + 4) / 4, "own+bfloat16": (8 + 4 + 2 * 10) / 4})
+    assert saved == pytest.approx({"bfloat16": 2 * 10 / 4, "own": (9 + 12) / 4, "own+bfloat16": (9 + 12 + 2 * 10) / 4})
 
 
 def test_a_drafting_server_decodes_by_decode_kernels() -> None:
