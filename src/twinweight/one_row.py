@@ -1,7 +1,7 @@
 """One row times a large dense weight on a CPU, where torch's own product reads memory faster than oneDNN's.
 
-128256 x 4096 in bf16 on two cores of an EPYC with AVX512_BF16, torch 2.13: 31 ms, in which a maximum over the weight takes as
-long; 52 by oneDNN, and 45 by oneDNN on a packed weight, as vLLM has it. From two rows on oneDNN is ahead.
+128256 x 4096 in bf16 on two cores of an EPYC with AVX512_BF16, torch 2.13: 23 to 31 ms, as others leave it the memory; 52 to 65
+by oneDNN, and 30 to 45 by oneDNN on a packed weight, as vLLM has it. From two rows on oneDNN is ahead.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
 
     dense: bf16 or fp16 [N, K], K a multiple of group_size. Each group's values are round((q - z) * s) with a 16-bit s. Its
     largest magnitude is j * s for some j up to 15, so j of every candidate is tried, with the neighbours of a rounded quotient.
-    Only q - z matters: z is 8 where that suffices, for a whole weight.
+    Only q - z matters: z is 8 where that suffices for a whole weight, with the signs of scales as it needs them.
     """
     n, k = dense.shape
     if k % group_size:

@@ -39,7 +39,13 @@ def test_a_workload_is_prompt_lengths_or_what_a_server_saw(tmp_path: Path) -> No
 
 
 def test_a_field_may_be_null() -> None:
-    assert resolve({"twinweight": {"mode": "soft", "kv_floor": None}}, {}) == Config("soft")
+    assert resolve({"twinweight": {"mode": "soft", "kv_floor": None, "reload": None}}, {}) == Config("soft")
+
+
+@pytest.mark.parametrize(("given", "found"), [(False, False), ("0", False), ("False", False), (True, True), ("1", True)])
+def test_weights_may_stay_what_they_are(given: object, found: bool) -> None:
+    assert resolve({"twinweight": {"reload": given}}, {}).reload is found
+    assert resolve({}, {"TWINWEIGHT_RELOAD": str(given)}).reload is found
 
 
 @pytest.mark.parametrize(
@@ -67,6 +73,7 @@ def test_switches(environ: dict[str, str], mode: str) -> None:
         ({"kv_floor": 1.5}, "is 1.5, expected a whole number"),
         ({"crossover": 0}, "is 0, expected a whole number of at least 1"),
         ({"crossover": True}, "is True, expected a whole number"),
+        ({"reload": "never"}, r"\['reload'\] is 'never', expected true or false"),
         ({"graphs_reserve_mib": "64"}, "is '64', expected a whole number"),
         ({"workload": []}, r"\['workload'\] is \[\], expected prompt lengths such as"),
         ({"workload": [512, 0]}, r"is \[512, 0\], expected prompt lengths"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 
-from twinweight.engines.vllm import build, compat, own, telling
+from twinweight.engines.vllm import build, compat, own, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.life import Built, Life
 from twinweight.errors import BudgetError
@@ -32,6 +34,7 @@ class FakeKernel:
         self.fresh = True
         self.device = torch.device("cpu")
         self.route: list[int] = []
+        self.freed = 0
 
     def drop(self) -> None:
         self.twin = self.own = None
@@ -110,13 +113,71 @@ def test_twins_leave_room_for_a_fixed_kv_cache_and_activations_on_a_gpu(
     assert list(found.built) == list(kept)
 
 
+@pytest.mark.usefixtures("alone")
+def test_what_took_the_place_of_vllm_s_weight_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is left for its layer."""
+    found = life()
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
+    found.kernels["c"].freed = 4 * MIB
+    assert found._make_room(1) == 2 * MIB
+    assert list(found.built) == ["a", "c"]
+    assert found.status()["bytes"] == MIB  # of 5, which 4 of vLLM's paid for
+    assert found._make_room(4 * MIB) == MIB
+    assert found._make_room(1) == 0
+    assert list(found.built) == ["c"]
+
+
+@pytest.mark.parametrize(("reload", "allocator", "gone"), [(False, None, "a"), (True, None, ""), (False, object(), "")])
+def test_vllm_s_weights_go_where_weights_stay_what_they_are(
+    reload: bool, allocator: object, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = life()
+    found.config = replace(found.config, reload=reload)
+    routes = {"a": [0, Path.INT4, 64, Path.FUSED], "b": [0, Path.INT4, 64, Path.INNER], "c": [0, Path.INT4, 64, Path.TWIN]}
+    for name, kernel in found.kernels.items():
+        kernel.own, kernel.route = object(), routes[name]  # type: ignore[assignment]
+        kernel.twin = kernel.twin if name == "c" else None
+    charged: list[int] = []
+    held = iter((100, 60))
+    monkeypatch.setattr(compat, "sleeper", lambda worker: allocator)
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: next(held))
+    monkeypatch.setattr(compat, "charge", lambda worker, nbytes: charged.append(nbytes))
+    monkeypatch.setattr(spare, "free", lambda kernel: setattr(kernel, "freed", 20))
+    found._free_spare()
+    assert "".join(name for name in "abc" if found.kernels[name].freed) == gone
+    assert charged == ([-40] if gone else [])
+    if gone:
+        for replaced in (found.refresh, lambda: found._reload(pytest.fail), lambda: found._replace(pytest.fail)):
+            with pytest.raises(RuntimeError, match="weights cannot be replaced"):
+                replaced()
+
+
+def test_a_freed_weight_keeps_its_shape_and_the_bias_its_values() -> None:
+    from twinweight.engines.vllm.kernel import TwinLinearKernel
+
+    layer = torch.nn.Module()
+    layer.weight_packed = torch.nn.Parameter(torch.ones(64, 8, dtype=torch.int32), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(torch.ones(64, 2), requires_grad=False)
+    layer.bias = torch.nn.Parameter(torch.ones(64), requires_grad=False)
+    whole = torch.ones(128)
+    layer.register_buffer("part", whole[:64])
+    kernel: Any = TwinLinearKernel.__new__(TwinLinearKernel)
+    kernel._layer, kernel.freed = weakref.ref(layer), 0
+    assert spare.free(kernel) == kernel.freed == 64 * 8 * 4 + 64 * 2 * 4
+    assert layer.weight_packed.shape == (64, 8)
+    assert layer.weight_packed.untyped_storage().nbytes() == 0
+    assert layer.bias.sum() == layer.part.sum() == 64
+    with pytest.raises(RuntimeError, match="was freed"):
+        kernel.inner_linear(torch.ones(1, 16), None)
+
+
 def test_own_copies_are_not_counted_as_twins() -> None:
     found = life()
     found.kernels["a"].own = found.kernels["b"].own = object()  # type: ignore[assignment]
     found.kernels["b"].twin = None
     assert {key: found.status()[key] for key in ("twins", "copies", "missed")} == {"twins": 2, "copies": 2, "missed": 0}
     assert telling.built(found) == "2 twins and 2 int4 copies"
-    found._keep(1)
+    found._drop(["b", "c"])
     assert (found.status()["twins"], found.status()["copies"]) == (1, 1)
     del found.built["a"]
     assert telling.built(found) == "0 twins"

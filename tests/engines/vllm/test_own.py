@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ if importlib.util.find_spec("vllm") is None:
 
 import torch
 
-from tests.engines.vllm.jobs import TOKENS, Job, assert_same_tokens, calls, needs_kernel, result
+from tests.engines.vllm.jobs import TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
 from tests.engines.vllm.models import BUILD, linears, short
 from twinweight.cache import VARIABLE, Cache
 from twinweight.measured import Measured
@@ -72,3 +73,23 @@ def test_decode_and_prefill_run_on_the_copy_with_the_tokens_of_vllm(on: Job) -> 
 
 def test_the_inner_kernel_serves_nothing(on: Job) -> None:
     assert not any(name.startswith("inner") for batch in range(1, 5) for name in calls(on, batch))
+
+
+@pytest.fixture(scope="module")
+def for_good(on: Job) -> Job:
+    """The same server, whose weights stay what they are."""
+    return replace(on, additional=json.dumps({"twinweight": {"mode": "soft", "reload": False}}), reload=())
+
+
+def test_where_weights_stay_the_copies_replace_those_of_vllm(on: Job, for_good: Job) -> None:
+    assert_same_tokens(Job(MODEL, reload=(MODEL,)), for_good)
+    report, before = (result(job)["reports"][0][0] for job in (for_good, on))
+    assert before["freed"] == 0
+    assert report["copies"] == before["copies"] == linears(MODEL)
+    assert report["freed"] >= 0.9 * report["bytes"]  # packed words and scales, as the copies have
+    assert "of vLLM's int4 weights freed" in result(for_good)["log"]
+
+
+def test_and_are_not_reloaded(for_good: Job) -> None:
+    found = attempt(replace(for_good, reload=(MODEL,)))
+    assert "RuntimeError: Twinweight: weights cannot be replaced" in found["error"]

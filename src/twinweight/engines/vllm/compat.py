@@ -310,7 +310,7 @@ def pool(worker: Any) -> Iterator[None]:
         yield
         return
     # 0.26 knows one pool a tag and destroys it inside of the next one's context, which PyTorch does not survive.
-    pools = getattr(_allocator(worker), "allocator_and_pools", {})
+    pools = getattr(sleeper(worker), "allocator_and_pools", {})
     if isinstance(pools.get(POOL), tuple):
         pools[f"{POOL} {len(pools)}"] = pools[POOL]
     with worker._maybe_get_memory_pool_context(tag=POOL):
@@ -326,13 +326,13 @@ def wakes_alone() -> bool:
 
 def wake_pool(worker: Any) -> None:
     """Map the twins' memory again, where `wake_up` did not."""
-    if (allocator := _allocator(worker)) is not None:
+    if (allocator := sleeper(worker)) is not None:
         allocator.wake_up([POOL])
 
 
 def trim_pool(worker: Any) -> None:
     """Give the memory of dropped twins back to the device, where sleep mode is on: as vLLM trims a pool that it left."""
-    found = getattr(allocator := _allocator(worker), "allocator_and_pools", {}).get(POOL, [])
+    found = getattr(allocator := sleeper(worker), "allocator_and_pools", {}).get(POOL, [])
     for pool, *_ in [found] if isinstance(found, tuple) else found:
         from vllm.device_allocator.cumem import unmap_and_release
 
@@ -341,7 +341,7 @@ def trim_pool(worker: Any) -> None:
                 unmap_and_release(allocator._python_free_callback(segment["address"]))
 
 
-def _allocator(worker: Any) -> Any:
+def sleeper(worker: Any) -> Any:
     """vLLM's allocator of memory that sleeps, where there is one."""
     if not getattr(worker.vllm_config.model_config, "enable_cumem_allocator", False):
         return None

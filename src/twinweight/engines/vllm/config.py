@@ -32,6 +32,8 @@ class Config:
     crossover: rows from which a twin serves, instead of the measured number.
     workload: what twins are chosen for: prompt lengths, or a file with a server's saved /metrics (`from_metrics`); None
     is steps as large as the scheduler makes them.
+    reload: whether weights may be replaced while the server runs, and sleep; if not, vLLM's own int4 weight goes where a copy
+    of it serves every call.
     """
 
     mode: Mode = "off"
@@ -41,6 +43,7 @@ class Config:
     graphs_reserve_mib: int | None = None
     crossover: int | None = None
     workload: tuple[int, ...] | str | None = None
+    reload: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that are set, as JSON."""
@@ -104,6 +107,8 @@ def _checked(name: str, value: object, where: str) -> object:
             return _CHOICES[name](value)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+    if name == "reload":
+        return _switch(value, where)
     if value is None:
         return None
     if name == "workload":
@@ -111,6 +116,14 @@ def _checked(name: str, value: object, where: str) -> object:
     if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
         raise ConfigError(f"{where} is {value!r}, expected a whole number of at least {_LEAST[name]}")
     return value
+
+
+def _switch(value: object, where: str) -> bool:
+    """True where nothing is given."""
+    found = {"none": True, "true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None:
+        raise ConfigError(f"{where} is {value!r}, expected true or false")
+    return found
 
 
 def _workload(value: object, where: str) -> tuple[int, ...] | str:

@@ -21,7 +21,8 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
     State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
     must stay. own: the weight in our layout, if there; then the inner kernel is the path INNER. bias: as the inner kernel adds
-    it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's).
+    it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's). freed: bytes of vLLM's own weight that
+    are gone (`spare`).
     """
 
     @classmethod
@@ -50,6 +51,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
+        self.freed = 0
         self.route: list[int] = ONLY_INT4
         self.handle: Tensor | None = None
         self._layer: weakref.ref[nn.Module] | None = None
@@ -69,7 +71,9 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         return torch.ops.twinweight.vllm_linear(x, self.handle, bias, self.n)  # type: ignore[no-any-return]
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """By the inner kernel on the layer's current tensors."""
+        """By the inner kernel on the layer's current tensors. Raises RuntimeError where these are gone."""
+        if self.freed:
+            raise RuntimeError('vLLM\'s int4 weight of this layer was freed: its server was started with "reload": false')
         y: Tensor = self.inner.apply_weights(self.layer, x, bias)
         return y
 

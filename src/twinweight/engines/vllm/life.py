@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from twinweight import cache
-from twinweight.engines.vllm import build, compat, heads, measure, metrics, own, telling
+from twinweight.engines.vllm import build, compat, heads, measure, metrics, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
@@ -25,8 +25,6 @@ log = logging.getLogger("vllm.twinweight")
 
 Wanted = tuple[str, str]
 """A layer's name and the form it is to have (`measured.Form.name`)."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,8 @@ class Life:
             "load_model": self._load,
             "determine_available_memory": self._size,
             "reload_weights": self._reload,
+            "start_weight_update": self._replace,
+            "update_weights": self._replace,
             "finish_weight_update": self._reload,
             "sleep": self._sleep,
             "discard": self._discard,
@@ -72,7 +72,7 @@ class Life:
 
     def _load(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """All weights are in place, and the KV cache is not yet sized: here twins are decided and built."""
-        result = _together(lambda: method(*args, **kwargs))
+        result = ranks.together(lambda: method(*args, **kwargs))
         self.built = {}
         started = time.perf_counter()
         with compat.forward_context(self.worker):
@@ -84,6 +84,7 @@ class Life:
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
             self.plan = self._plan()
             self._build()
+            self._free_spare()
             heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
         return result
@@ -183,12 +184,12 @@ class Life:
 
     def _lost(self, wanted: list[Wanted]) -> dict[str, str]:
         """Build; the group keeps what every rank could. The kinds of layers that cannot have a copy, on any rank, and why."""
-        made, lost = _together(lambda: self._made(wanted))
-        lost = _joined(lost)
+        made, lost = ranks.together(lambda: self._made(wanted))
+        lost = ranks.joined(lost)
         if not lost:
             self._keep_common(made)
             if compat.device_of(self.worker).type != "cpu":
-                lost = _joined(_together(self._wrong))
+                lost = ranks.joined(ranks.together(self._wrong))
         return lost
 
     def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
@@ -247,8 +248,18 @@ class Life:
         kernel.route = self._route(kernel, form).flat()
         return True
 
-    def _keep(self, count: int) -> None:
-        for name in list(self.built)[count:]:
+    def _free_spare(self) -> None:
+        """vLLM's own int4 weights that no call reads any more, where weights stay what they are."""
+        if self.config.reload or compat.sleeper(self.worker) is not None:
+            return
+        before = compat.memory_in_use(self.worker)
+        for name in self.built:
+            if spare.is_spare(kernel := self.kernels[name]):
+                spare.free(kernel)
+        compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
             self.kernels[name].drop()
             del self.built[name]
 
@@ -263,7 +274,7 @@ class Life:
         if given is not None and compat.device_of(self.worker).type == "cpu":  # there vLLM looks before it says what it takes
             self._make_room(max(compat.gather(given - compat.free_memory(self.worker))))
         with compat.forward_peak(self.worker) as peak:
-            available = _together(lambda: method(*args, **kwargs))
+            available = ranks.together(lambda: method(*args, **kwargs))
         fixed = compat.explicit_kv_bytes(self.worker) is not None
         if not fixed:
             available += self._make_room(max(compat.gather(self.floor.nbytes - available)))
@@ -279,20 +290,20 @@ class Life:
 
     def _make_room(self, short: int) -> int:
         """Drop twins, the least valuable first, until `short` bytes are free. Returns the bytes freed, equal on all ranks."""
-        sizes, freed = [built.nbytes for built in self.built.values()], 0
-        count = len(sizes)
-        while count and freed < short:
-            count -= 1
-            freed += sizes[count]
+        dropped, freed = [], 0
+        for name in reversed([name for name in self.built if not self.kernels[name].freed]):
+            if freed >= short:
+                break
+            dropped.append(name)
+            freed += self.built[name].nbytes
         if not freed:
             return 0
         if self.config.mode == "hard":
             raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
-        dropped = len(sizes) - count
-        self._keep(count)
+        self._drop(dropped)
         self._give_back()
         compat.charge(self.worker, -freed)
-        log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", dropped, freed / GIB,
+        log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", len(dropped), freed / GIB,
                     self.floor.tokens)  # fmt: skip
         return freed
 
@@ -300,6 +311,7 @@ class Life:
 
     def refresh(self) -> int:
         """Refill every twin in place: after parameters were written past vLLM (`collective_rpc("twinweight_refresh")`)."""
+        self._check_replaceable()
         for name in self.built:
             self.kernels[name].fresh = False
         return self._refill()
@@ -313,6 +325,7 @@ class Life:
 
     def _reload(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A layerwise reload fills twins as layers are processed; any other only copies into parameters."""
+        self._check_replaceable()
         for name in self.built:
             self.kernels[name].fresh = False
         result = method(*args, **kwargs)
@@ -321,6 +334,15 @@ class Life:
             self._refill()
             heads.quicken(heads.of(self.worker))
         return result
+
+    def _replace(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A step of an update before its last."""
+        self._check_replaceable()
+        return method(*args, **kwargs)
+
+    def _check_replaceable(self) -> None:
+        if any(kernel.freed for kernel in self.kernels.values()):
+            raise RuntimeError('Twinweight: weights cannot be replaced: "reload": false had vLLM\'s int4 weights freed')
 
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Twins have a memory tag of their own, which no level copies to the host."""
@@ -363,26 +385,6 @@ def _allocate(kernel: TwinLinearKernel, form: str) -> bool:
     if measure.has_copy(form):
         own.allocate(kernel)
     return True
-
-
-def _joined(found: Mapping[str, str]) -> dict[str, str]:
-    """What any rank found."""
-    return {kind: why for one in compat.gather(found) for kind, why in one.items()}
-
-
-def _together(action: Callable[[], T]) -> T:
-    """Run what may fail on one rank: the others must not wait for it in what follows. Raises on all where it fails on any."""
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:
-        failure = error
-    failures = compat.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    if reasons := [f"rank {rank} failed: {text}" for rank, text in enumerate(failures) if text is not None]:
-        raise RuntimeError("; ".join(reasons))
-    return result
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

@@ -23,15 +23,16 @@ log = logging.getLogger("vllm.twinweight")
 def start_up(life: Life, available: int, *, fixed: bool) -> None:
     """The one line of a start-up. available: bytes of the KV cache; fixed: whether the user gave them."""
     planned = {**life.plan.twins, **life.plan.missed}
-    held, wanted = _bytes(life), sum(o.nbytes for o in planned.values())
+    held, wanted, freed = _bytes(life), sum(o.nbytes for o in planned.values()), _freed(life)
     tokens = ""
     if life.floor.per_token:
-        with_, without = available / life.floor.per_token, (available + (0 if fixed else held)) / life.floor.per_token
+        with_, without = available / life.floor.per_token, (available + (0 if fixed else held - freed)) / life.floor.per_token
         tokens = f"; KV cache {int(with_)} tokens, {int(without)} without twins, floor {life.floor.tokens}"
     by_kind = "; ".join(f"{kind}: {route}" for kind, route in routes(life).items()) or "no W4A16 layer"
     log.info(
-        "Twinweight %s: %s built, %d missed, %.3f of %.3f GiB a rank%s%s; measured in %.1f s, built in %.1f s; %s",
-        life.config.mode, built(life), len(planned) - len(life.built), held / GIB, wanted / GIB, tokens,
+        "Twinweight %s: %s built, %d missed, %.3f of %.3f GiB a rank%s%s%s; measured in %.1f s, built in %.1f s; %s",
+        life.config.mode, built(life), len(planned) - len(life.built), held / GIB, wanted / GIB,
+        f", {freed / GIB:.3f} GiB of vLLM's int4 weights freed" if freed else "", tokens,
         _gain(life), *life.seconds, by_kind,
     )  # fmt: skip
     if life.plan.missed:
@@ -53,6 +54,10 @@ def _counts(life: Life) -> tuple[int, int]:
 
 def _bytes(life: Life) -> int:
     return sum(b.nbytes for b in life.built.values())
+
+
+def _freed(life: Life) -> int:
+    return sum(kernel.freed for kernel in life.kernels.values())
 
 
 def _gain(life: Life) -> str:
@@ -86,13 +91,14 @@ def routes(life: Life) -> dict[str, str]:
 def status(life: Life) -> dict[str, Any]:
     """What `/metrics` shows of this worker."""
     planned, held = {**life.plan.twins, **life.plan.missed}, _bytes(life)
+    more = held - _freed(life)
     calls: dict[str, dict[str, int]] = {}
     for (path, rows), count in sorted(paths.calls.copy().items()):
         calls.setdefault(Path(path).name.lower(), {})[str(rows)] = count
-    tokens = 0 if life.kv_fixed or not life.floor.per_token else int(held / life.floor.per_token)
+    tokens = 0 if life.kv_fixed or not life.floor.per_token else int(more / life.floor.per_token)
     twins, copies = _counts(life)
     missed = len(planned) - len(life.built)
-    return {"twins": twins, "copies": copies, "missed": missed, "bytes": held, "kv_tokens": tokens, "calls": calls}
+    return {"twins": twins, "copies": copies, "missed": missed, "bytes": more, "kv_tokens": tokens, "calls": calls}
 
 
 def report(life: Life, check: bool = False) -> str:
@@ -112,6 +118,6 @@ def report(life: Life, check: bool = False) -> str:
     calls = {f"{Path(path).name.lower()}@{m}": count for (path, m), count in sorted(paths.calls.items())}
     inner = {name: type(k.inner).__name__ for name, k in life.kernels.items()}
     return json.dumps({
-        "twins": twins, "copies": _counts(life)[1], "bytes": _bytes(life), "calls": calls, "inner": inner,
-        "routes": routes(life), "kv_floor": life.floor.tokens, "heads": heads.chosen(heads.of(life.worker)),
+        "twins": twins, "copies": _counts(life)[1], "bytes": _bytes(life), "freed": _freed(life), "calls": calls,
+        "inner": inner, "routes": routes(life), "kv_floor": life.floor.tokens, "heads": heads.chosen(heads.of(life.worker)),
     })  # fmt: skip
