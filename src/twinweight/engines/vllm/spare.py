@@ -1,7 +1,7 @@
 """vLLM's own int4 weight of a layer, freed where a copy of it serves every call.
 
-The copy then takes the place of what it was made of, and costs nothing. There is no way back: vLLM cannot write new weights into
-what is gone, so it takes a server that says so (`"reload": false`).
+The copy then takes the place of what it was made of, and costs nothing. There is no way back: vLLM cannot write new weights
+into what is gone, so it takes a server that says so (`"reload": false`).
 """
 
 from __future__ import annotations
