@@ -69,6 +69,15 @@ def test_a_dense_weight_has_none(n: int, k: int, group: int) -> None:
     assert recover(torch.randn(n, k).bfloat16(), group) is None
 
 
+def test_rows_may_be_padded() -> None:
+    dense = random_weight(8, 64, 64).dequantize()
+    padded = torch.full((8, 96), 7.0, dtype=dense.dtype)
+    padded[:, :64] = dense
+    found = recover(padded[:, :64], 64)
+    assert found is not None
+    assert torch.equal(found.dequantize(), dense)
+
+
 def test_groups_divide_rows() -> None:
     with pytest.raises(ValueError, match="divisor of K"):
         recover(torch.zeros(2, 65).bfloat16(), 32)

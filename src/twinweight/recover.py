@@ -30,7 +30,7 @@ def recover(dense: Tensor, group_size: int) -> Int4Weight | None:
     n, k = dense.shape
     if k % group_size:
         raise ValueError(f"group_size is {group_size}, expected a divisor of K = {k}")
-    groups = dense.reshape(-1, group_size)
+    groups = dense.reshape(-1, group_size).contiguous()
     steps = torch.empty(groups.shape, dtype=torch.int8, device=dense.device)
     scales = torch.empty(groups.shape[0], dtype=dense.dtype, device=dense.device)
     if not _recover_all(groups, steps, scales):

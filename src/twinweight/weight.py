@@ -114,7 +114,7 @@ def from_values(
 
 def pack_nibbles(values: Tensor) -> Tensor:
     """[N, K] integers 0..15 -> int32 [N, ceil(K / 8)], column 8i + j in bits 4j..4j+3 of word i."""
-    octets = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[1] % 8))
+    octets = torch.nn.functional.pad(values.to(torch.uint8), (0, -values.shape[1] % 8)).contiguous()
     return (octets[:, ::2] | octets[:, 1::2] << 4).view(torch.int32)  # little-endian, as in `unpack_nibbles`
 
 

@@ -30,7 +30,9 @@ def layer(device: str) -> Any:
     config = SimpleNamespace(
         weight_type=SimpleNamespace(size_bits=4), zero_points=False, has_g_idx=False, group_size=128, act_type=torch.bfloat16
     )
-    return SimpleNamespace(n=N, k=K, device=torch.device(device), config=config, dtype=torch.bfloat16, inner=object())
+    return SimpleNamespace(
+        n=N, k=K, device=torch.device(device), config=config, dtype=torch.bfloat16, inner=object(), copyable=True
+    )
 
 
 def measured(**times: list[float]) -> Measured:
@@ -55,6 +57,18 @@ def test_a_layer_on_a_gpu_may_have_a_twin_a_copy_or_both() -> None:
     assert copy.nbytes == N * K // 2 + N * K // 128 * 2
     assert twin.nbytes + copy.nbytes == both.nbytes
     assert (twin.is_twin, copy.is_twin, both.is_twin) == (True, False, True)
+
+
+def test_a_layer_that_cannot_have_a_copy_has_a_kind_of_its_own_and_the_same_times() -> None:
+    same, without = layer("cuda"), layer("cuda")
+    for found in (same, without):
+        found.config.weight_type = "uint4b8"
+    without.copyable = False
+    assert measure.kind_of(without) != measure.kind_of(same)
+    assert measure.kind_of(without).timed == measure.kind_of(same)
+    assert measure.kind_of(without).key == measure.kind_of(same).key
+    without.config.weight_type = SimpleNamespace(size_bits=4)
+    assert [form.name for form in measure.forms_of(without, [])] == ["bfloat16"]
 
 
 def test_our_kernels_count_as_slower_in_a_server_than_alone_where_it_decodes() -> None:

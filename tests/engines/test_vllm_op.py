@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from types import SimpleNamespace
@@ -134,6 +135,38 @@ def test_a_copy_on_a_gpu_is_written_where_it_was_allocated(asked: bool, found: b
     monkeypatch.setattr(own, "make", lambda kernel: None)
     assert not own.fill(kernel)
     assert kernel.own is None
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(NotImplementedError("no such GPU"), False), (torch.OutOfMemoryError("out"), True)]
+)
+def test_a_copy_that_no_kernel_can_make_is_none(
+    error: Exception, raised: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(kernel: object) -> None:
+        raise error
+
+    kernel: Any = Permuting(own=True, twin=False)
+    monkeypatch.setattr(own, "make", failing)
+    with pytest.raises(torch.OutOfMemoryError) if raised else contextlib.nullcontext():
+        assert not own.fill(kernel)
+        assert kernel.own is None
+        assert "cannot be read back" in caplog.text
+
+
+def test_without_memory_to_compare_them_copies_stay(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    kernel: Any = Permuting(own=True, twin=False)
+    kernel.route = ROUTE.flat()
+
+    def full(*args: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for of, name in ((own, "int4_path"), (own.identity, "dense")):
+        with monkeypatch.context() as patch:
+            patch.setattr(of, name, full)
+            assert own.agrees(kernel)
+            assert "no memory to compare" in caplog.text
+            caplog.clear()
 
 
 def as_if_on_a_gpu(empty: Any, n: int, k: int, group: int, dtype: torch.dtype, device: object, *, symmetric: bool) -> Any:

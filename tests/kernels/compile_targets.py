@@ -96,7 +96,7 @@ def variants(
     made["expand"] = (expand._expand_kernel, constants | ({} if ragged else {"perm_ptr": None}), {"num_warps": e.num_warps})
     if not ragged:
         constants = {"GROUP": 128, "COLUMNS": 128, "ROWS": 16, "STEPS": 15, "NATIVE": traits.rounds_bf16}
-        made["recover"] = (recover._recover_kernel, constants, {"num_warps": 4})
+        made["recover"] = (recover._read_back_kernel, constants, {"num_warps": 4})
     return made
 
 

@@ -29,7 +29,7 @@ def _multiples(values, scale, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _recover_kernel(
+def _read_back_kernel(
     values_ptr, likely_ptr, steps_ptr, scales_ptr, found_ptr, groups, tried,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -76,7 +76,7 @@ def recover_groups(values: Tensor, steps: Tensor, scales: Tensor, likely: Sequen
     table = torch.tensor(likely, dtype=torch.float32, device=values.device)
     constants = (group, columns, rows, most, traits_of(values.device).rounds_bf16)
     with on_device(values):
-        _recover_kernel[(triton.cdiv(groups, rows),)](
+        _read_back_kernel[(triton.cdiv(groups, rows),)](
             values, table, steps, scales, found, groups, len(likely), *constants, num_warps=max(4, min(16, columns // 1024))
         )  # fmt: skip
     return found

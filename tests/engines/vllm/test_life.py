@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import threading
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -35,6 +37,7 @@ class FakeKernel:
         self.device = torch.device("cpu")
         self.route: list[int] = []
         self.freed = 0
+        self.copyable = True
 
     def drop(self) -> None:
         self.twin = self.own = None
@@ -127,12 +130,9 @@ def test_what_took_the_place_of_vllm_s_weight_stays(monkeypatch: pytest.MonkeyPa
     assert list(found.built) == ["c"]
 
 
-@pytest.mark.parametrize(("reload", "allocator", "gone"), [(False, None, "a"), (True, None, ""), (False, object(), "")])
-def test_vllm_s_weights_go_where_weights_stay_what_they_are(
-    reload: bool, allocator: object, gone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("allocator", "gone"), [(None, "a"), (object(), "")])
+def test_vllm_s_weights_go_where_a_copy_serves_all_calls(allocator: object, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = life()
-    found.config = replace(found.config, reload=reload)
     routes = {"a": [0, Path.INT4, 64, Path.FUSED], "b": [0, Path.INT4, 64, Path.INNER], "c": [0, Path.INT4, 64, Path.TWIN]}
     for name, kernel in found.kernels.items():
         kernel.own, kernel.route = object(), routes[name]  # type: ignore[assignment]
@@ -142,31 +142,35 @@ def test_vllm_s_weights_go_where_weights_stay_what_they_are(
     monkeypatch.setattr(compat, "sleeper", lambda worker: allocator)
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: next(held))
     monkeypatch.setattr(compat, "charge", lambda worker, nbytes: charged.append(nbytes))
-    monkeypatch.setattr(spare, "free", lambda kernel: setattr(kernel, "freed", 20))
-    found._free_spare()
+    monkeypatch.setattr(spare, "free_one", lambda kernel: setattr(kernel, "freed", 20) or 20)
+    for name in ("reload_weights", "sleep", "save_sharded_state"):
+        setattr(found.worker, name, lambda *args: "done")
+    spare.free(found.worker, found.kernels.values())  # type: ignore[arg-type]
     assert "".join(name for name in "abc" if found.kernels[name].freed) == gone
     assert charged == ([-40] if gone else [])
-    if gone:
-        for replaced in (found.refresh, lambda: found._reload(pytest.fail), lambda: found._replace(pytest.fail)):
-            with pytest.raises(RuntimeError, match="weights cannot be replaced"):
-                replaced()
+    for name in ("reload_weights", "sleep", "save_sharded_state"):
+        with pytest.raises(RuntimeError, match="int4 weights of vLLM freed") if gone else nullcontext():
+            assert getattr(found.worker, name)(1) == "done"
 
 
-def test_a_freed_weight_keeps_its_shape_and_the_bias_its_values() -> None:
+def test_what_vllm_s_kernel_reads_is_freed_and_nothing_else() -> None:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
 
     layer = torch.nn.Module()
-    layer.weight_packed = torch.nn.Parameter(torch.ones(64, 8, dtype=torch.int32), requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(torch.ones(64, 2), requires_grad=False)
-    layer.bias = torch.nn.Parameter(torch.ones(64), requires_grad=False)
-    whole = torch.ones(128)
-    layer.register_buffer("part", whole[:64])
+    for name, dtype in {
+        "packed": torch.int32,
+        "renamed": torch.bfloat16,
+        "bias": torch.float32,
+        "other": torch.float32,
+    }.items():
+        layer.register_parameter(name, torch.nn.Parameter(torch.ones(64, dtype=dtype), requires_grad=False))
     kernel: Any = TwinLinearKernel.__new__(TwinLinearKernel)
-    kernel._layer, kernel.freed = weakref.ref(layer), 0
-    assert spare.free(kernel) == kernel.freed == 64 * 8 * 4 + 64 * 2 * 4
-    assert layer.weight_packed.shape == (64, 8)
-    assert layer.weight_packed.untyped_storage().nbytes() == 0
-    assert layer.bias.sum() == layer.part.sum() == 64
+    kernel._layer, kernel.freed, kernel.made = weakref.ref(layer), 0, {"renamed"}
+    kernel.inner = SimpleNamespace(w_q_name="packed", w_s_name="scale", w_zp_name=None)
+    assert spare.free_one(kernel) == kernel.freed == 64 * 4 + 64 * 2
+    assert (layer.packed.shape, layer.packed.dtype) == ((0,), torch.int32)
+    assert layer.bias.sum() == layer.other.sum() == 64
+    assert kernel.device == torch.device("cpu")
     with pytest.raises(RuntimeError, match="was freed"):
         kernel.inner_linear(torch.ones(1, 16), None)
 
@@ -177,79 +181,122 @@ def test_own_copies_are_not_counted_as_twins() -> None:
     found.kernels["b"].twin = None
     assert {key: found.status()[key] for key in ("twins", "copies", "missed")} == {"twins": 2, "copies": 2, "missed": 0}
     assert telling.built(found) == "2 twins and 2 int4 copies"
-    found._drop(["b", "c"])
+    del found.built["b"], found.built["c"]
     assert (found.status()["twins"], found.status()["copies"]) == (1, 1)
     del found.built["a"]
     assert telling.built(found) == "0 twins"
 
 
-class Kinds:
-    """A life whose layers a and b are wide and c is tall, all planned with copies, b and c with nothing else; a plan without
-    the copies of a kind gives it twins. What the other rank finds is `elsewhere`.
+class Group:
+    """Ranks in threads, each with a life, whose exchanges meet: one that makes another exchange than the rest times out."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=10)
+        self.values: list[object] = [None] * ranks
+        self.rank = threading.local()
+
+    def gather(self, value: object) -> list[object]:
+        self.values[self.rank.value] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+    def run(self, lives: list[Life]) -> None:
+        def one(rank: int) -> None:
+            self.rank.value = rank
+            lives[rank]._build()
+
+        with ThreadPoolExecutor(len(lives)) as pool:
+            list(pool.map(one, range(len(lives))))
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Group, list[Life]]:
+    """Two ranks. Layers a and b are wide, c is tall; all are planned with copies, b and c with nothing else. A layer that has
+    none gets a twin from the next plan.
     """
+    from twinweight.engines.vllm import life as module
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, elsewhere: dict[str, str]) -> None:
-        from twinweight.engines.vllm import life as module
-
-        self.life, self.kinds, self.freed = life(), {"a": "wide", "b": "wide", "c": "tall"}, 0
-        for name, kernel in self.life.kernels.items():
-            kernel.kind = self.kinds[name]  # type: ignore[attr-defined]
-        self.elsewhere = elsewhere
-        monkeypatch.setattr(module, "kind_of", lambda kernel: kernel.kind)
-        monkeypatch.setattr(compat, "gather", self.gather)
-        monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
-        monkeypatch.setattr(compat, "memory_in_use", self.memory)
-        monkeypatch.setattr(compat, "trim_pool", lambda worker: None)
-        monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
-        monkeypatch.setattr(compat, "pool", lambda worker: nullcontext())
-        monkeypatch.setattr(build, "allocate", lambda kernel, kind: setattr(kernel, "twin", kind))
-        monkeypatch.setattr(build, "fill", lambda kernel: None)
-        monkeypatch.setattr(own, "allocate", lambda kernel: setattr(kernel, "own", object()))
-        monkeypatch.setattr(own, "fill", lambda kernel: True)
-        monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
-        monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
-        monkeypatch.setattr(own, "agrees", lambda kernel: True)
-        monkeypatch.setattr(self.life, "_offers", dict)
-        monkeypatch.setattr(self.life, "_plan", self.plan)
-        monkeypatch.setattr(self.life, "_route", self.route)
-        self.life.plan = self.plan()
-
-    def gather(self, value: Any) -> list[Any]:
-        reasons = isinstance(value, dict) and value.keys() <= {"wide", "tall"} and not self.life.no_copies
-        return [value, self.elsewhere if reasons else value]
-
-    def memory(self, worker: Any) -> int:
-        self.freed += all(kernel.own is None and kernel.twin is None for kernel in self.life.kernels.values())
-        return 0
-
-    def plan(self) -> Plan:
-        forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
-        forms |= {name: "bfloat16" for name, kind in self.kinds.items() if kind in self.life.no_copies}
-        options = {name: TwinOption(form, 9, 1.0, not form.startswith("own")) for name, form in forms.items()}
-        return Plan("soft", Budget(1 << 30, 1 << 30), options, {})
-
-    def route(self, kernel: Any, form: str) -> Route:
-        return Route((0, 128), (Path.INT4, Path.TWIN)) if form == "bfloat16" else Route((0, 64), (Path.INT4, Path.FUSED))
+    group, lives = Group(2), [life(), life()]
+    for rank, found in enumerate(lives):
+        for (name, kernel), kind in zip(found.kernels.items(), ("wide", "wide", "tall"), strict=True):
+            kernel.kind, kernel.place = kind, (rank, name)  # type: ignore[attr-defined]
+        monkeypatch.setattr(found, "_offers", dict)
+        monkeypatch.setattr(found, "_plan", functools.partial(planned, found))
+        monkeypatch.setattr(found, "_route", routed)
+        found.plan = planned(found)
+    for of in (module, telling):
+        monkeypatch.setattr(of, "kind_of", lambda kernel: kernel.kind)
+    monkeypatch.setattr(compat, "gather", group.gather)
+    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
+    monkeypatch.setattr(compat, "trim_pool", lambda worker: None)
+    monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
+    monkeypatch.setattr(compat, "pool", lambda worker: nullcontext())
+    monkeypatch.setattr(build, "allocate", lambda kernel, kind: setattr(kernel, "twin", kind))
+    monkeypatch.setattr(build, "fill", lambda kernel: None)
+    monkeypatch.setattr(own, "allocate", lambda kernel: setattr(kernel, "own", object()))
+    monkeypatch.setattr(own, "fill", lambda kernel: True)
+    monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
+    monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
+    monkeypatch.setattr(own, "agrees", lambda kernel: True)
+    return group, lives
 
 
-@pytest.mark.parametrize("where", ["made", "tried", "made elsewhere"])
-def test_without_the_copies_that_cannot_be_had_there_is_another_plan(
-    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def planned(found: Life) -> Plan:
+    forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
+    forms |= {name: "bfloat16" for name, kernel in found.kernels.items() if not kernel.copyable}
+    options = {name: TwinOption(form, 9, 1.0, not form.startswith("own")) for name, form in forms.items()}
+    return Plan("soft", Budget(1 << 30, 1 << 30), options, {})
+
+
+def routed(kernel: object, form: str) -> Route:
+    return Route((0, 128), (Path.INT4, Path.TWIN)) if form == "bfloat16" else Route((0, 64), (Path.INT4, Path.FUSED))
+
+
+@pytest.mark.parametrize(
+    ("function", "where", "gone", "why"),
+    [
+        ("fill", {(0, "b")}, "b", "1 of wide (the weight cannot be read back exactly)"),
+        ("fill", {(1, "a"), (1, "b")}, "ab", "2 of wide (the weight cannot be read back exactly)"),
+        ("fill", {(0, "a"), (1, "c")}, "ac", "1 of tall (the weight cannot be read back exactly)"),
+        ("agrees", {(1, "c")}, "c", "1 of tall (our kernels compute something else)"),
+        ("agrees", {(0, "a"), (0, "b")}, "ab", "2 of wide (our kernels compute something else)"),
+    ],
+)
+def test_without_the_copies_that_cannot_be_had_all_ranks_plan_anew(
+    two: tuple[Group, list[Life]], function: str, where: set[tuple[int, str]], gone: str, why: str,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What a copy would have done may be worth a twin. Other layers keep theirs."""
+    group, lives = two
+    monkeypatch.setattr(own, function, lambda kernel: kernel.place not in where)
+    group.run(lives)
+    for found in lives:
+        forms = {"a": "own+bfloat16", "b": "own", "c": "own"} | dict.fromkeys(gone, "bfloat16")
+        expected = {name: Built(form, 7 if form == "bfloat16" else 9) for name, form in forms.items()}
+        assert found.built == expected
+        assert {name: k.own is not None for name, k in found.kernels.items()} == {name: name not in gone for name in "abc"}
+        assert all(found.kernels[name].route == [0, Path.INT4, 128, Path.TWIN] for name in gone)
+    assert caplog.text.count(why) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_ends_on_one_rank_ends_what_all_have(
+    two: tuple[Group, list[Life]], rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a copy would have done may be worth a twin. All ranks plan anew."""
-    why = {"tried": "our kernels compute something else"}.get(where, "the weight cannot be read back exactly")
-    server = Kinds(monkeypatch, {"wide": why} if where == "made elsewhere" else {})
-    found = server.life
-    if where == "made":
-        monkeypatch.setattr(own, "fill", lambda kernel: kernel.kind != "wide")  # type: ignore[attr-defined]
-    if where == "tried":
-        monkeypatch.setattr(own, "agrees", lambda kernel: kernel.kind != "wide")  # type: ignore[attr-defined]
-    found._build()
-    assert found.built == {"a": Built("bfloat16", 7), "b": Built("bfloat16", 7), "c": Built("own", 9)}
-    assert {name: k.own is not None for name, k in found.kernels.items()} == {"a": False, "b": False, "c": True}
-    assert [found.kernels[n].route for n in "abc"] == [[0, Path.INT4, 128, Path.TWIN]] * 2 + [[0, Path.INT4, 64, Path.FUSED]]
-    assert f"no own int4 copies for wide: {why}" in caplog.text
-    assert server.freed == 1  # before the second plan
+    group, lives = two
+
+    def fill(kernel: Any) -> bool:
+        if kernel.place == (rank, "b"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
+
+    monkeypatch.setattr(own, "fill", fill)
+    group.run(lives)
+    assert [list(found.built) for found in lives] == [["a"], ["a"]]
+    assert all(found.kernels[name].own is None for found in lives for name in "bc")
 
 
 def test_what_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:

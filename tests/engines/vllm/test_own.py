@@ -92,4 +92,4 @@ def test_where_weights_stay_the_copies_replace_those_of_vllm(on: Job, for_good: 
 
 def test_and_are_not_reloaded(for_good: Job) -> None:
     found = attempt(replace(for_good, reload=(MODEL,)))
-    assert "RuntimeError: Twinweight: weights cannot be replaced" in found["error"]
+    assert "RuntimeError: Twinweight: no reload_weights here" in found["error"]

@@ -21,8 +21,8 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
     State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
     must stay. own: the weight in our layout, if there; then the inner kernel is the path INNER. bias: as the inner kernel adds
-    it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's). freed: bytes of vLLM's own weight that
-    are gone (`spare`).
+    it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's). made: parameters that the inner kernel
+    added to the layer. freed: bytes of vLLM's own weight that are gone (`spare`).
     """
 
     @classmethod
@@ -51,14 +51,18 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
+        self.copyable = True
         self.freed = 0
         self.route: list[int] = ONLY_INT4
         self.handle: Tensor | None = None
+        self.made: set[str] = set()
         self._layer: weakref.ref[nn.Module] | None = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack by the inner kernel. In a layerwise reload the layer holds new tensors now: the twin follows, in place."""
+        before = {name for name, _ in layer.named_parameters(recurse=False)}
         self.inner.process_weights_after_loading(layer)
+        self.made = {name for name, _ in layer.named_parameters(recurse=False)} - before
         self._layer = weakref.ref(layer)
         if self.handle is None:
             self.handle = op.handle_for(self, self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ class Built:
 
 class Life:
     """Follows one worker object. built: the layers with a twin, an own copy or both, the most valuable bytes first.
-    no_copies: the kinds of layers, as text, of which an own int4 copy was tried and cannot be had.
     gone: whether sleeping threw the weights away, so that they come back by a reload.
     """
 
@@ -46,7 +45,6 @@ class Life:
         self.config = config
         self.kernels: dict[str, TwinLinearKernel] = {}
         self.built: dict[str, Built] = {}
-        self.no_copies: set[str] = set()
         self.asleep = self.gone = False
         self.kv_fixed = False
 
@@ -57,8 +55,6 @@ class Life:
             "load_model": self._load,
             "determine_available_memory": self._size,
             "reload_weights": self._reload,
-            "start_weight_update": self._replace,
-            "update_weights": self._replace,
             "finish_weight_update": self._reload,
             "sleep": self._sleep,
             "discard": self._discard,
@@ -77,14 +73,15 @@ class Life:
         started = time.perf_counter()
         with compat.forward_context(self.worker):
             self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
-            self.measured, self.no_copies = self._measure(), set()
+            self.measured = self._measure()
             self.offers = self._offers()
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
             self.plan = self._plan()
             self._build()
-            self._free_spare()
+            if not self.config.reload:
+                spare.free(self.worker, [self.kernels[name] for name in self.built])
             heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
         return result
@@ -129,10 +126,8 @@ class Life:
         given = self.config.crossover
         kernels = self._one_of_each()
         offers = {
-            kind: measure.offer(
-                k, self.measured.get(kind), given, least, self._lossy(k), copies=str(kind) not in self.no_copies
-            )
-            for kind, k in kernels.items()
+            kind: measure.offer(kernel, self.measured.get(kind.timed), given, least, self._lossy(kernel))
+            for kind, kernel in kernels.items()
         }
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
             log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
@@ -160,9 +155,9 @@ class Life:
         """Build what is planned; without the copies that cannot be had, by another plan."""
         before = compat.memory_in_use(self.worker)
         while lost := self._lost(self._ranked()):
-            log.warning("Twinweight: no own int4 copies for %s", "; ".join(f"{kind}: {why}" for kind, why in lost.items()))
-            self.no_copies |= lost.keys()
-            for kernel in self.kernels.values():
+            telling.without_copies(self, lost)
+            for name, kernel in self.kernels.items():
+                kernel.copyable &= name not in lost
                 kernel.drop()
             self._give_back()
             self.offers = self._offers()
@@ -183,7 +178,7 @@ class Life:
         compat.memory_in_use(self.worker)  # gives cached memory back
 
     def _lost(self, wanted: list[Wanted]) -> dict[str, str]:
-        """Build; the group keeps what every rank could. The kinds of layers that cannot have a copy, on any rank, and why."""
+        """Build; the group keeps what every rank could. The layers that cannot have a copy, on any rank, and why."""
         made, lost = ranks.together(lambda: self._made(wanted))
         lost = ranks.joined(lost)
         if not lost:
@@ -193,20 +188,20 @@ class Life:
         return lost
 
     def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
-        """What this rank built, name -> form; the kind of a copy that failed, and why, where it ended."""
+        """What this rank built, name -> form. Where copies failed: nothing, and name -> why."""
+        lost: dict[str, str] = {}
         with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
-            ready = self._until_full(wanted, _allocate)
-        try:
-            return dict(self._until_full(ready, self._fill)), {}
-        except own.Inexact as error:
-            return {}, {str(error): "the weight cannot be read back exactly"}
+            wanted = self._until_full(wanted, _allocate)
+        wanted = self._until_full(wanted, _copy, lost)
+        return ({}, lost) if lost else (dict(self._until_full(wanted, self._fill)), {})
 
     def _wrong(self) -> dict[str, str]:
-        """Compile what own copies need: the kinds for which our kernels compute something else on this GPU."""
-        copies = [kernel for name in self.built if (kernel := self.kernels[name]).own is not None]
-        tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies}
+        """Compile what own copies need: the layers for which our kernels compute something else on this GPU."""
+        copies = {name: kernel for name in self.built if (kernel := self.kernels[name]).own is not None}
+        tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
         own.compile_paths(tried.values(), compat.chunk(self.worker))
-        return {str(kind): "our kernels compute something else" for (kind, *_), k in tried.items() if not own.agrees(k)}
+        wrong = {kind for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
+        return {name: "our kernels compute something else" for name, kernel in copies.items() if kind_of(kernel) in wrong}
 
     def _keep_common(self, forms: Mapping[str, str]) -> None:
         """Keep of what this rank built, name -> form, what all did, and count the bytes that are really there."""
@@ -217,12 +212,20 @@ class Life:
         sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
         self.built = {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
 
-    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool]) -> list[Wanted]:
-        """Those of (name, form) that were made before memory ran out, if it did; others stay int4."""
+    def _until_full(
+        self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool], failed: dict[str, str] | None = None
+    ) -> list[Wanted]:
+        """Those of (name, form) that were made before memory ran out, if it did; others stay int4. failed: takes what raises
+        own.Inexact, and why.
+        """
         done: list[Wanted] = []
         for count, (name, form) in enumerate(wanted):
+            made = False
             try:
                 made = make(self.kernels[name], form)
+            except own.Inexact as error:
+                if failed is not None:
+                    failed[name] = str(error)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -237,9 +240,7 @@ class Life:
         return done
 
     def _fill(self, kernel: TwinLinearKernel, form: str) -> bool:
-        """Write a kind of twin, an own copy, or "own+<kind>". Raises own.Inexact where there can be no copy."""
-        if measure.has_copy(form) and not own.fill(kernel):
-            raise own.Inexact(str(kind_of(kernel)))
+        """Write a kind of twin, besides an own copy or not, and the bias."""
         try:
             build.fill(kernel)
         except build.Unreadable as error:
@@ -247,21 +248,6 @@ class Life:
             return False
         kernel.route = self._route(kernel, form).flat()
         return True
-
-    def _free_spare(self) -> None:
-        """vLLM's own int4 weights that no call reads any more, where weights stay what they are."""
-        if self.config.reload or compat.sleeper(self.worker) is not None:
-            return
-        before = compat.memory_in_use(self.worker)
-        for name in self.built:
-            if spare.is_spare(kernel := self.kernels[name]):
-                spare.free(kernel)
-        compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
-
-    def _drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.kernels[name].drop()
-            del self.built[name]
 
     # --- sizing the KV cache ---
 
@@ -300,7 +286,9 @@ class Life:
             return 0
         if self.config.mode == "hard":
             raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
-        self._drop(dropped)
+        for name in dropped:
+            self.kernels[name].drop()
+            del self.built[name]
         self._give_back()
         compat.charge(self.worker, -freed)
         log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", len(dropped), freed / GIB,
@@ -311,7 +299,6 @@ class Life:
 
     def refresh(self) -> int:
         """Refill every twin in place: after parameters were written past vLLM (`collective_rpc("twinweight_refresh")`)."""
-        self._check_replaceable()
         for name in self.built:
             self.kernels[name].fresh = False
         return self._refill()
@@ -325,7 +312,6 @@ class Life:
 
     def _reload(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A layerwise reload fills twins as layers are processed; any other only copies into parameters."""
-        self._check_replaceable()
         for name in self.built:
             self.kernels[name].fresh = False
         result = method(*args, **kwargs)
@@ -334,15 +320,6 @@ class Life:
             self._refill()
             heads.quicken(heads.of(self.worker))
         return result
-
-    def _replace(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A step of an update before its last."""
-        self._check_replaceable()
-        return method(*args, **kwargs)
-
-    def _check_replaceable(self) -> None:
-        if any(kernel.freed for kernel in self.kernels.values()):
-            raise RuntimeError('Twinweight: weights cannot be replaced: "reload": false had vLLM\'s int4 weights freed')
 
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Twins have a memory tag of their own, which no level copies to the host."""
@@ -384,6 +361,13 @@ def _allocate(kernel: TwinLinearKernel, form: str) -> bool:
     build.allocate(kernel, measure.twin_of(form))
     if measure.has_copy(form):
         own.allocate(kernel)
+    return True
+
+
+def _copy(kernel: TwinLinearKernel, form: str) -> bool:
+    """Write the own copy, where the form has one. Raises own.Inexact where there can be none."""
+    if measure.has_copy(form) and not own.fill(kernel):
+        raise own.Inexact("the weight cannot be read back exactly")
     return True
 
 

@@ -68,7 +68,7 @@ _SETTINGS = ("VLLM_HUMMING_USE_F16_ACCUM", "VLLM_MARLIN_USE_ATOMIC_ADD")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a measurement holds for: two layers of equal `Kind` run at equal speed."""
+    """What a measurement holds for: two layers of equal `Kind` run at equal speed. copyable: as in `Wrapped`."""
 
     n: int
     k: int
@@ -79,6 +79,7 @@ class Kind:
     dtype: torch.dtype
     inner: str
     settings: str = ""
+    copyable: bool = True
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k} ({self.inner})"
@@ -86,7 +87,13 @@ class Kind:
     @property
     def key(self) -> dict[str, object]:
         """What the cache knows it by."""
-        return {"engine": "vllm", **asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+        fields = {name: value for name, value in asdict(self).items() if name != "copyable"}
+        return {"engine": "vllm", **fields, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
+    def timed(self) -> Kind:
+        """The kind as it was timed, with a copy."""
+        return replace(self, copyable=True)
 
 
 def kind_of(kernel: Wrapped) -> Kind:
@@ -95,7 +102,7 @@ def kind_of(kernel: Wrapped) -> Kind:
     settings = ",".join(f"{name}={value}" for name in _SETTINGS if (value := os.environ.get(name)))
     return Kind(
         kernel.n, kernel.k, c.group_size, str(c.weight_type), c.zero_points, getattr(c, "has_g_idx", False), kernel.dtype,
-        type(kernel.inner).__name__, settings,
+        type(kernel.inner).__name__, settings, kernel.copyable,
     )  # fmt: skip
 
 
@@ -257,16 +264,13 @@ def in_a_server(measured: Measured) -> Measured:
     return replace(measured, times={**measured.times, **ours})
 
 
-def offer(
-    kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = (), *, copies: bool = True
-) -> Offered:
+def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()) -> Offered:
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
-    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for. copies: whether
-    there may be an own int4 copy.
+    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
     """
-    offered = tuple(f for f in forms_of(kernel, lossy) if copies or not has_copy(f.name))
+    offered = forms_of(kernel, lossy)
     if measured is not None:
         return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu")
     given = tuple(f for f in offered if not f.paths) if rows is not None else ()

@@ -20,6 +20,7 @@ from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels import backend_for, gpu, int4_path
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import KernelWeight, takes_group
+from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, pick
 from twinweight.recover import recover
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles
@@ -41,7 +42,7 @@ _MOST_TRIED = 4096  # rows: their products are held in fp32
 
 
 class Inexact(Exception):
-    """An own copy, of a kind of layer, would compute something else."""
+    """An own copy would compute something else."""
 
 
 def can_have(kernel: Wrapped) -> bool:
@@ -49,7 +50,12 @@ def can_have(kernel: Wrapped) -> bool:
     kernels for groups that ours do not take (16).
     """
     c = kernel.config
-    if c.weight_type.size_bits != 4 or getattr(c, "has_g_idx", False) or not takes_group(kernel.k, _group_size(kernel)):
+    if (
+        not kernel.copyable
+        or c.weight_type.size_bits != 4
+        or getattr(c, "has_g_idx", False)
+        or not takes_group(kernel.k, _group_size(kernel))
+    ):
         return False
     return kernel.device.type != "cpu" or CpuLayout.of(kernel) is not None
 
@@ -87,8 +93,14 @@ def allocate(kernel: Wrapped) -> None:
 
 @torch.inference_mode()
 def fill(kernel: Wrapped) -> bool:
-    """Write the copy from the layer's weight. False where it would not be exact, and then there is none."""
-    made, place = make(kernel), kernel.own
+    """Write the copy from the layer's weight. False where it would not be exact, or not be had, and then there is none."""
+    made, place = None, kernel.own
+    try:
+        made = make(kernel)
+    except Exception as error:  # whatever Triton raises
+        if is_out_of_memory(error):
+            raise
+        log.exception("Twinweight: an int4 weight cannot be read back")
     if place is None or made is None:
         kernel.own = made
     elif not _write(made, place):
@@ -150,22 +162,30 @@ def agrees(kernel: Wrapped) -> bool:
 
     The copy is exact; this is about kernels that nobody ran on such a GPU.
     """
-    copy = kernel.own
-    if copy is None:
+    try:
+        return kernel.own is None or _agrees(kernel, kernel.own, identity.dense(kernel))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log.warning("Twinweight: no memory to compare our kernels with a dense product")
         return True
-    weight = identity.dense(kernel)
+
+
+def _agrees(kernel: Wrapped, copy: KernelWeight, weight: torch.Tensor) -> bool:
     for path in _OURS:
         rows = [m for m in sizes(_MOST_TRIED) if pick(kernel.route, m) == path]
         for m in rows[:: max(1, len(rows) // _TRIED)]:
             x = torch.randn(m, kernel.k, dtype=torch.float32, device=kernel.device).mul_(kernel.k**-0.5).to(kernel.dtype)
             expected = torch.nn.functional.linear(x, weight).float()
             try:
-                error = (int4_path(path, x, copy, None).float() - expected).abs().max()
-            except Exception:  # whatever Triton raises
+                off = (int4_path(path, x, copy, None).float() - expected).abs().max()
+            except Exception as error:  # whatever Triton raises
+                if is_out_of_memory(error):
+                    raise
                 log.exception("Twinweight: %s does not run with %d rows", path.name.lower(), m)
                 return False
-            if not error <= _ROUNDED * expected.abs().max():  # nor where it is no number
-                log.warning("Twinweight: %s with %d rows is off by %g of %g", path.name.lower(), m, error, expected.abs().max())
+            if not off <= _ROUNDED * expected.abs().max():  # nor where it is no number
+                log.warning("Twinweight: %s with %d rows is off by %g of %g", path.name.lower(), m, off, expected.abs().max())
                 return False
     return True
 

@@ -6,10 +6,22 @@ into what is gone, so it takes a server that says so (`"reload": false`).
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from twinweight.engines.vllm import compat
 from twinweight.engines.vllm.kernel import TwinLinearKernel
 from twinweight.paths import Path
+
+_WANT_WEIGHTS = (
+    "reload_weights", "start_weight_update", "start_draft_weight_update", "update_weights", "finish_weight_update",
+    "twinweight_refresh", "sleep", "discard", "reset_weights", "compute_weight_checksums", "save_sharded_state",
+    "save_tensorized_model", "elastic_ep_execute",
+)  # fmt: skip
+"""Methods of workers, of any vLLM, that read or write weights once a server runs."""
+
+_NAMES = ("w_q_name", "w_s_name", "w_zp_name", "w_gidx_name")
+"""Where a kernel has the names of the layer's parameters that it reads; 0.32 has no last one."""
 
 
 def is_spare(kernel: TwinLinearKernel) -> bool:
@@ -17,22 +29,29 @@ def is_spare(kernel: TwinLinearKernel) -> bool:
     return kernel.own is not None and kernel.twin is None and not {Path.INNER, Path.TWIN} & set(kernel.route[1::2])
 
 
-def free(kernel: TwinLinearKernel) -> int:
-    """Free what vLLM's kernel reads of the layer, but for the bias. Returns bytes. Tensors keep their shapes; whoever reads one
-    gets an error of torch's, and a call of the kernel one of ours.
+def free(worker: Any, kernels: Iterable[TwinLinearKernel]) -> None:
+    """Free the weights that are spare. From then on the worker refuses what would read or write them; nothing is freed where
+    they may be put to sleep.
     """
-    layer = kernel.layer
-    tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
-    freed = sum(_free(t.data) for name, t in tensors if name != "bias")
-    kernel.freed += freed
-    return freed
+    if compat.sleeper(worker) is not None:
+        return
+    before = compat.memory_in_use(worker)
+    freed = sum(free_one(kernel) for kernel in kernels if is_spare(kernel))
+    compat.charge(worker, compat.memory_in_use(worker) - before)
+    if freed:
+        for name in _WANT_WEIGHTS:
+            compat.wrap(worker, name, _refuse)
 
 
-def _free(tensor: torch.Tensor) -> int:
-    """Bytes. What shares its memory with something larger stays."""
-    storage = tensor.untyped_storage()
-    nbytes = storage.nbytes()
-    if nbytes > tensor.nbytes or not storage.resizable():
-        return 0
-    storage.resize_(0)
-    return nbytes
+def free_one(kernel: TwinLinearKernel) -> int:
+    """Replace what vLLM's kernel reads of the layer by empty tensors. Returns the bytes that they had."""
+    names = {getattr(kernel.inner, given, None) for given in _NAMES} | kernel.made
+    for name, parameter in kernel.layer.named_parameters(recurse=False):
+        if name in names:
+            kernel.freed += parameter.nbytes
+            parameter.data = parameter.data.new_empty(0)
+    return kernel.freed
+
+
+def _refuse(method: Callable[..., Any], *args: object, **kwargs: object) -> None:
+    raise RuntimeError(f'Twinweight: no {method.__name__} here: "reload": false had int4 weights of vLLM freed')

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from twinweight import paths
@@ -38,6 +40,13 @@ def start_up(life: Life, available: int, *, fixed: bool) -> None:
     if life.plan.missed:
         budget = life.plan.budget
         log.info("Twinweight: not all twins fit\n%s\n%s", budget.arithmetic(wanted), budget.levers(wanted))
+
+
+def without_copies(life: Life, lost: Mapping[str, str]) -> None:
+    """Layers that cannot have own copies, and why. There may be thousands."""
+    counts = Counter((str(kind_of(life.kernels[name])), why) for name, why in lost.items())
+    reasons = (f"{count} of {kind} ({why})" for (kind, why), count in counts.items())
+    log.warning("Twinweight: layers without own int4 copies: %s", "; ".join(reasons))
 
 
 def built(life: Life) -> str:
@@ -91,7 +100,7 @@ def routes(life: Life) -> dict[str, str]:
 def status(life: Life) -> dict[str, Any]:
     """What `/metrics` shows of this worker."""
     planned, held = {**life.plan.twins, **life.plan.missed}, _bytes(life)
-    more = held - _freed(life)
+    more = max(0, held - _freed(life))
     calls: dict[str, dict[str, int]] = {}
     for (path, rows), count in sorted(paths.calls.copy().items()):
         calls.setdefault(Path(path).name.lower(), {})[str(rows)] = count

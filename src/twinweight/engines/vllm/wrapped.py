@@ -13,7 +13,7 @@ class Wrapped(Paths, Protocol):
     """[K, N] of a partition, by vLLM's naming; `kernel.TwinLinearKernel` is one.
 
     config: vLLM's `MPLinearLayerConfig`. inner: its kernel for the layer. fresh: whether what is derived from the weight holds
-    the current one.
+    the current one. copyable: whether an own int4 copy may still be tried.
     """
 
     k: int
@@ -21,6 +21,7 @@ class Wrapped(Paths, Protocol):
     config: Any
     inner: Any
     fresh: bool
+    copyable: bool
 
     @property
     def layer(self) -> Any:
