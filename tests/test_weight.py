@@ -66,7 +66,7 @@ def test_packing_is_that_of_compressed_tensors() -> None:
     signed = (values.to(torch.int16) - 8).to(torch.int8)
     assert torch.equal(pack_nibbles(values), pack_to_int32(signed, 4))
     assert torch.equal(unpack_nibbles(pack_nibbles(values))[:, :203], values)
-    assert torch.equal(unpack_nibbles(pack_nibbles(values.t())), torch.nn.functional.pad(values.t(), (0, 3)))
+    assert torch.equal(unpack_nibbles(pack_nibbles(values[:8].t())), values[:8].t())
     assert torch.equal(unpack_from_int32(pack_nibbles(values), 4, torch.Size((13, 203))), signed)
 
 
