@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def joined(found: Mapping[str, str]) -> dict[str, str]:
     """What any rank found."""
-    return {kind: why for one in compat.gather(found) for kind, why in one.items()}
+    return {name: text for one in compat.gather(found) for name, text in one.items()}
 
 
 def together(action: Callable[[], T]) -> T:
