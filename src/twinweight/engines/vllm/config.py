@@ -65,7 +65,8 @@ class Config:
 
 _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}
 _CHOICES: Mapping[str, Callable[[str], str]] = {"mode": check_mode, "dtype": twin.check_request}
-FIELDS = tuple(f.name for f in fields(Config))
+_DEFAULTS = {f.name: f.default for f in fields(Config)}
+FIELDS = tuple(_DEFAULTS)
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -107,10 +108,10 @@ def _checked(name: str, value: object, where: str) -> object:
             return _CHOICES[name](value)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
+    if value is None:
+        return _DEFAULTS[name]
     if name == "reload":
         return _switch(value, where)
-    if value is None:
-        return None
     if name == "workload":
         return _workload(value, where)
     if isinstance(value, bool) or not isinstance(value, int) or value < _LEAST[name]:
@@ -119,8 +120,7 @@ def _checked(name: str, value: object, where: str) -> object:
 
 
 def _switch(value: object, where: str) -> bool:
-    """True where nothing is given."""
-    found = {"none": True, "true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
     if found is None:
         raise ConfigError(f"{where} is {value!r}, expected true or false")
     return found

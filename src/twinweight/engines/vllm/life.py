@@ -189,11 +189,12 @@ class Life:
 
     def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
         """What this rank built, name -> form. Where copies failed: nothing, and name -> why."""
-        lost: dict[str, str] = {}
         with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
-            wanted = self._until_full(wanted, _allocate)
-        wanted = self._until_full(wanted, _copy, lost)
-        return ({}, lost) if lost else (dict(self._until_full(wanted, self._fill)), {})
+            ready = self._until_full(wanted, _allocate)
+        copied = self._until_full(ready, _copy)
+        why = "the weight cannot be read back exactly"
+        lost = {name: why for name, form in wanted if measure.has_copy(form) and not self.kernels[name].copyable}
+        return ({}, lost) if lost else (dict(self._until_full(copied, self._fill)), {})
 
     def _wrong(self) -> dict[str, str]:
         """Compile what own copies need: the layers for which our kernels compute something else on this GPU."""
@@ -212,20 +213,12 @@ class Life:
         sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
         self.built = {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
 
-    def _until_full(
-        self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool], failed: dict[str, str] | None = None
-    ) -> list[Wanted]:
-        """Those of (name, form) that were made before memory ran out, if it did; others stay int4. failed: takes what raises
-        own.Inexact, and why.
-        """
+    def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool]) -> list[Wanted]:
+        """Those of (name, form) that were made before memory ran out, if it did; others stay int4."""
         done: list[Wanted] = []
         for count, (name, form) in enumerate(wanted):
-            made = False
             try:
                 made = make(self.kernels[name], form)
-            except own.Inexact as error:
-                if failed is not None:
-                    failed[name] = str(error)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -365,10 +358,11 @@ def _allocate(kernel: TwinLinearKernel, form: str) -> bool:
 
 
 def _copy(kernel: TwinLinearKernel, form: str) -> bool:
-    """Write the own copy, where the form has one. Raises own.Inexact where there can be none."""
-    if measure.has_copy(form) and not own.fill(kernel):
-        raise own.Inexact("the weight cannot be read back exactly")
-    return True
+    """Write the own copy, where the form has one. False where there can be none, which the kernel keeps in mind."""
+    if not measure.has_copy(form):
+        return True
+    kernel.copyable = own.fill(kernel)
+    return kernel.copyable
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

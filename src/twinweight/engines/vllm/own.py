@@ -41,10 +41,6 @@ no other tiles between them. What is not compiled ahead, a prompt waits for.
 _MOST_TRIED = 4096  # rows: their products are held in fp32
 
 
-class Inexact(Exception):
-    """An own copy would compute something else."""
-
-
 def can_have(kernel: Wrapped) -> bool:
     """Whether an own copy may exist. On a CPU only where the layout is known: the identity takes 10 s a layer there. vLLM has
     kernels for groups that ours do not take (16).
