@@ -59,6 +59,7 @@ def arguments() -> argparse.ArgumentParser:
     cli.add_argument("--linear-backend", default="auto")
     cli.add_argument("--tp", type=int, default=1)
     cli.add_argument("--repeats", type=int, default=3)
+    cli.add_argument("--seconds", type=float, default=4.0, help="a point that took less is repeated further, 25 times at most")
     cli.add_argument("--max-model-len", type=int, default=16384)
     cli.add_argument("--points", type=point, nargs="+", default=POINTS, help="PROMPTxREQUESTS: 2048x32 8192x8; default: all 15")
     return cli
@@ -67,7 +68,7 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     a = arguments().parse_args()
     set_environment()
-    work = arm.Workload(tuple(a.points), OUTPUT_TOKENS, a.repeats)
+    work = arm.Workload(tuple(a.points), OUTPUT_TOKENS, a.repeats, a.seconds)
     earlier = json.loads(a.out.read_text())["records"] if a.out.exists() else []
 
     def save(result: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
     python benchmarks/vllm_gpu_life.py OUT.json [--model models/stdlib-15m] [--only records|own]
 
 Serves the trained model without anything, with twins, and with own int4 copies that serve all, through the same stages and
-compares greedy tokens (up to the first near-tie) and, bit for bit, each twin and copy with what the inner kernel computes. Then
-serves Llama-3.1-8B's shapes on Marlin with memory for a third of the twins, where the plan takes own int4 copies. Writes
-{"environment", "records": [{"server", "stage", "same_tokens", "compared_tokens", "twins", "copies", "exact", "moved", "calls"
-}], "own": {...}}, where server is twins or copies.
+compares greedy tokens (up to the first near-tie) and, bit for bit, each twin and copy with what the inner kernel computes. A
+further server, with copies and "reload": false, frees the inner kernel's weights, so that it has no stage but its start and
+nothing to compare copies with. Then serves Llama-3.1-8B's shapes on Marlin with memory for a third of the twins, where the plan
+takes own int4 copies. Writes {"environment", "records": [{"server", "stage", "same_tokens", "compared_tokens", "twins",
+"copies", "freed", "exact", "moved", "calls"}], "own": {...}}, where server is twins, copies or freed, and freed is in bytes.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def served(job: dict[str, Any]) -> dict[str, Any]:
 
     if job.get("copies"):
         _let_copies_win()
-    llm = vllm.LLM(seed=0, enable_prefix_caching=False, skip_tokenizer_init=True, enable_sleep_mode=True, **job["llm"])
-    on = "additional_config" in job["llm"]
+    llm = vllm.LLM(seed=0, enable_prefix_caching=False, skip_tokenizer_init=True, **job["llm"])
+    on, lives = "additional_config" in job["llm"], job["llm"]["enable_sleep_mode"]
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, logprobs=2)
     found: dict[str, Any] = {}
 
@@ -41,11 +42,13 @@ def served(job: dict[str, Any]) -> dict[str, Any]:
         found[stage] = {
             "ids": [list(o.outputs[0].token_ids) for o in outputs],
             "leads": [[_lead(top) for top in o.outputs[0].logprobs] for o in outputs],
-            "report": json.loads(llm.collective_rpc("twinweight_report", kwargs={"check": True})[0]) if on else None,
-            "copies": llm.collective_rpc(_copies)[0] if on else {},
+            "report": json.loads(llm.collective_rpc("twinweight_report", kwargs={"check": lives})[0]) if on else None,
+            "copies": llm.collective_rpc(_copies)[0] if on and lives else {},
         }
 
     look("start")
+    if not lives:
+        return {"stages": found}
     llm.sleep(level=1)
     llm.wake_up()
     look("sleep 1 and wake")
@@ -142,8 +145,8 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
 def compare(server: str, off: dict[str, Any], on: dict[str, Any]) -> list[dict[str, Any]]:
     """A record a stage."""
     records, before = [], None
-    for stage, a in off["stages"].items():
-        b, same, compared = on["stages"][stage], True, 0
+    for stage, b in on["stages"].items():
+        a, same, compared = off["stages"][stage], True, 0
         for ids, leads, others in zip(a["ids"], a["leads"], b["ids"], strict=True):
             clear = next((i for i, lead in enumerate(leads) if lead < CLEAR), len(ids))
             same, compared = same and ids[:clear] == others[:clear], compared + clear
@@ -152,7 +155,8 @@ def compare(server: str, off: dict[str, Any], on: dict[str, Any]) -> list[dict[s
         addresses = [d["address"] for d in derived]
         records.append({
             "server": server, "stage": stage, "same_tokens": same, "compared_tokens": compared, "twins": len(twins),
-            "copies": len(copies), "exact": all(d["exact"] for d in derived),
+            "copies": b["report"]["copies"], "freed": b["report"]["freed"],
+            "exact": all(d["exact"] for d in derived) if derived else None,
             "moved": before is not None and before != addresses, "calls": b["report"]["calls"],
         })  # fmt: skip
         before = addresses
@@ -171,20 +175,23 @@ def rescaled(model: Path, out: Path) -> Path:
 
 
 def stages(model: Path) -> list[dict[str, Any]]:
-    """Serve a trained model without anything, with twins and with own copies: a record a server and stage."""
+    """Serve a trained model without anything, with twins, with own copies, and without what was copied: a record a stage."""
     from tokenizers import Tokenizer
 
     text, tokenizer = (model / "heldout.txt").read_text(), Tokenizer.from_file(str(model / "tokenizer.json"))
     prompts = [tokenizer.encode(text[at : at + length]).ids for at, length in ((36000, 120), (24000, 2600), (44000, 30))]
-    llm = {"model": str(model), "max_model_len": 2048, "gpu_memory_utilization": 0.3, "attention_backend": "FLASH_ATTN"}
+    llm = {
+        "model": str(model), "max_model_len": 2048, "gpu_memory_utilization": 0.3, "attention_backend": "FLASH_ATTN",
+        "enable_sleep_mode": True,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as tmp:
         job = {"llm": llm, "other": str(rescaled(model, Path(tmp) / "other")), "prompts": prompts}
         off = alone(job)
         records = []
-        for server, more in (("twins", {"crossover": CROSSOVER}), ("copies", {})):
+        for server, more in (("twins", {"crossover": CROSSOVER}), ("copies", {}), ("freed", {"reload": False})):
             config = {"twinweight": {"mode": "soft", **more}}
-            on = {**job, "llm": {**llm, "additional_config": config}, "copies": server == "copies"}
-            records += compare(server, off, alone(on))
+            served_so = {**llm, "enable_sleep_mode": server != "freed", "additional_config": config}
+            records += compare(server, off, alone({**job, "llm": served_so, "copies": server != "twins"}))
         return records
 
 

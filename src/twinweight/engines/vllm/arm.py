@@ -23,7 +23,7 @@ PLUGIN = {"group": "vllm.general_plugins", "name": "twinweight"}
 """What vLLM looks for when it starts."""
 
 _WARM = 8  # requests of a warm-up: their chunks are as large as those of more
-_MOST = 9  # repeats of a short point
+_MOST = 25  # repeats of a short point
 
 DETERMINISTIC = "TORCHINDUCTOR_DETERMINISTIC"
 """The variable with which Inductor takes the same kernels each time."""
