@@ -134,6 +134,26 @@ def test_jumps_of_a_gpu_are_found_between_the_sizes_of_the_grid(clock: dict[str,
     assert len(found.ms) <= len(GRID["gpu"]) + 16
 
 
+def test_on_a_gpu_what_is_far_behind_on_both_sides_is_not_timed_between(
+    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: dict[int, set[str]] = {}
+    rows = crossover.time_rows
+
+    def seen(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
+        timed[m] = set(ways)
+        return rows(ways, m, *args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(crossover, "time_rows", seen)
+    found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, torch.device("meta"))
+    # int4 is level with the twin at 25 rows and with stream at 125; ends, and what lies between them at first, have all.
+    assert "stream" not in timed[8] | timed[16]
+    assert "int4" not in timed[640] | timed[2048]
+    assert all(len(timed[m]) == 3 for m in (1, 8192))
+    assert all(len(times) == len(found.ms) for times in found.times.values())
+    assert found.time_at("int4", 640) == pytest.approx(clock["int4"](640), rel=0.01)  # as between its neighbours
+
+
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:
     slow = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU, seconds=0.0)
     assert len(slow.ms) == 5

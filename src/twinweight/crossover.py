@@ -40,7 +40,7 @@ CPU_ELEMENTS = 8 << 20
 _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: int4 costs at most so much more at the upper one
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed often
-_BEHIND = 1.6  # one that is so much slower by the sizes of the grid is not timed between them
+_BEHIND = 1.5  # one that is so much slower at two sizes is not timed between them
 _LEVEL = 1.15  # a path that takes so much longer may be ahead between two sizes
 _JUMPY = (_STEPPED, 512)  # rows between which GPUs' times jump: few tiles, and cuBLAS chooses others from one size to the next
 _WIDE = 1.25  # of such gaps those are looked into in which the upper size is so many times the lower
@@ -191,10 +191,16 @@ def time_variants(
     """
     found: dict[int, dict[str, Timing]] = {}
     started = math.inf
+
+    def time_size(m: int, left_out: Collection[str]) -> None:
+        near = {c: call for c, call in variants.items() if c not in left_out}
+        others = {c: Timing(*[_joined(found, n).time_at(c, m)] * 3) for c in left_out}
+        found[m] = {**time_rows(near, m, k, dtype, device, wrap=wraps(m)), **others}
+
     for m in _coarse_first(grid(device)):
         if len(found) >= _LEAST_SIZES and time.perf_counter() - started > seconds:
             break
-        found[m] = time_rows(variants, m, k, dtype, device, wrap=wraps(m))
+        time_size(m, _behind(found, m) if device.type != "cpu" and len(found) >= _LEAST_SIZES else ())
         started = min(started, time.perf_counter())
     surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
@@ -204,12 +210,14 @@ def time_variants(
         for m in sorted(_around_takeovers(measured, routes) | looked_into):
             if time.perf_counter() - started > seconds:
                 break
-            guess = {c: measured.time_at(c, m) for c in variants}
-            worth = _BEHIND * min(guess.values())
-            near = {c: call for c, call in variants.items() if guess[c] < worth and c not in surpassed}
-            others = {c: Timing(guess[c], guess[c], guess[c]) for c in variants if c not in near}
-            found[m] = {**time_rows(near, m, k, dtype, device, wrap=wraps(m)), **others}
+            time_size(m, _behind(found, m) | surpassed)
     return _joined(found, n)
+
+
+def _behind(found: Mapping[int, dict[str, Timing]], m: int) -> set[str]:
+    """What is far from the best at the sizes timed on either side of `m`: it is taken to be between them there."""
+    below, above = (found[size] for size in (max(s for s in found if s < m), min(s for s in found if s > m)))
+    return {c for c in below if all(at[c].min > _BEHIND * min(t.min for t in at.values()) for at in (below, above))}
 
 
 def _coarse_first(sizes: Sequence[int]) -> list[int]:
