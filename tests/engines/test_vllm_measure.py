@@ -90,6 +90,32 @@ def test_paths_of_a_copy_and_of_vllm_take_turns() -> None:
     assert saved == pytest.approx({"bfloat16": 2 * 10 / 4, "own": (9 + 12) / 4, "own+bfloat16": (9 + 12 + 2 * 10) / 4})
 
 
+@pytest.mark.parametrize(
+    ("inner", "calls", "without"),
+    [
+        ([30, 27, 200, 400, 800], {1: 1, 512: 1}, True),  # ahead at 32 rows, by a tenth with what a server adds
+        ([30, 24, 200, 400, 800], {1: 1, 512: 1}, False),  # by a quarter
+        ([30, 27, 200, 190, 355], {1: 8, 512: 1}, False),  # and at the size that the workload has
+        ([30, 27, 200, 190, 355], {1: 8, 1024: 1}, True),
+    ],
+)
+def test_a_copy_does_without_the_inner_kernel_where_that_costs_little(
+    inner: list[float], calls: dict[int, float], without: bool
+) -> None:
+    times = measured(
+        int4=inner, own=[20, 27, 300, 500, 900], fused=[25, 30, 80, 200, 360], stream=[150] * 2 + [180, 240, 420],
+        twin_bfloat16=[60, 60, 100, 170, 340],
+    )  # fmt: skip
+    offer = measure.offer(layer("cuda"), times, None, 0)
+    changed = measure.without_inner(offer, Workload.of(calls))
+    assert "inner" in str(offer.route(offer.forms[1]))
+    assert ("inner" not in str(changed.route(changed.forms[1]))) is without
+    assert [f.name for f in changed.forms] == [f.name for f in offer.forms]
+    assert (changed.forms[0], changed.forms[2]) == (offer.forms[0], offer.forms[2])
+    given = measure.offer(layer("cuda"), None, 9, 0)
+    assert measure.without_inner(given, Workload.of(calls)) == given
+
+
 def test_a_drafting_server_decodes_by_decode_kernels() -> None:
     found = measured(int4=[30] * 5, own=[20] * 5, fused=[10] * 5, stream=[99] * 5, twin_bfloat16=[99] * 5)
     offer = measure.offer(layer("cuda"), found, None, least=6)

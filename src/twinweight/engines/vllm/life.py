@@ -74,13 +74,13 @@ class Life:
         with compat.forward_context(self.worker):
             self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
             self.measured = self._measure()
-            self.offers = self._offers()
             measured = time.perf_counter()
             self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
             self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
+            self.offers = self._offers()
             self.plan = self._plan()
             self._build()
-            if not self.config.reload:
+            if self._frees:
                 spare.free(self.worker, [self.kernels[name] for name in self.built])
             heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
@@ -131,7 +131,11 @@ class Life:
         }
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
             log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
-        return offers
+        return {kind: measure.without_inner(o, self.workload) for kind, o in offers.items()} if self._frees else offers
+
+    @property
+    def _frees(self) -> bool:
+        return not self.config.reload and spare.can_free(self.worker)
 
     def _one_of_each(self) -> dict[Kind, TwinLinearKernel]:
         return {kind_of(kernel): kernel for kernel in self.kernels.values()}

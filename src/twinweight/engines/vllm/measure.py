@@ -26,7 +26,7 @@ from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
-from twinweight.plan import Offer, TwinOption
+from twinweight.plan import MARGIN, Offer, TwinOption
 from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")
@@ -61,6 +61,8 @@ llama-3.3-70b there are times with zero points alone, which themselves take 1.07
 and 1.21 times with these in them.
 """
 
+_SPARED = 1.1
+"""How many times as long a call of any size may take, so that the inner kernel's weight can be freed."""
 
 _SETTINGS = ("VLLM_HUMMING_USE_F16_ACCUM", "VLLM_MARLIN_USE_ATOMIC_ADD")
 """Variables by which inner kernels of one name run at different speeds."""
@@ -275,6 +277,29 @@ def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: i
         return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu")
     given = tuple(f for f in offered if not f.paths) if rows is not None else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
+
+
+def without_inner(offer: Offered, workload: Workload) -> Offered:
+    """The same offer, but copies do without the inner kernel where that costs next to nothing: `MARGIN` of the workload's
+    calls, and `_SPARED` at any size. Its weight can be freed then. (llama-3.3-70b on an H200: Marlin is ahead from 32 to 34
+    rows of 57344 x 8192, which is no reason to keep 18 GiB.)
+    """
+    if not isinstance(offer, Costs):
+        return offer
+    return replace(offer, forms=tuple(_by_ours_alone(offer, form, workload) for form in offer.forms))
+
+
+def _by_ours_alone(costs: Costs, form: Form, workload: Workload) -> Form:
+    if form.is_twin:
+        return form
+    choices, paths = zip(*((c, p) for c, p in zip(form.choices, form.paths, strict=True) if p != Path.INNER), strict=True)
+    alone = replace(form, choices=choices, paths=paths)
+
+    def within(factor: float, calls: Workload) -> bool:
+        return costs.seconds(alone, calls) <= factor * costs.seconds(form, calls)
+
+    close = all(within(_SPARED, Workload.of({m: 1.0})) for m in costs.measured.ms)
+    return alone if close and within(1 + MARGIN, workload) else form
 
 
 class Offered(Offer, Protocol):

@@ -24,17 +24,18 @@ _NAMES = ("w_q_name", "w_s_name", "w_zp_name", "w_gidx_name")
 """Where a kernel has the names of the layer's parameters that it reads; 0.32 has no last one."""
 
 
+def can_free(worker: Any) -> bool:
+    """Whether weights of vLLM may go. Not where they may be put to sleep."""
+    return compat.sleeper(worker) is None
+
+
 def is_spare(kernel: TwinLinearKernel) -> bool:
     """Whether no call of the layer reaches vLLM's kernel. With a twin some will, should that make room for the KV cache."""
     return kernel.own is not None and kernel.twin is None and not {Path.INNER, Path.TWIN} & set(kernel.route[1::2])
 
 
 def free(worker: Any, kernels: Iterable[TwinLinearKernel]) -> None:
-    """Free the weights that are spare. From then on the worker refuses what would read or write them; nothing is freed where
-    they may be put to sleep.
-    """
-    if compat.sleeper(worker) is not None:
-        return
+    """Free the weights that are spare. From then on the worker refuses what would read or write them."""
     before = compat.memory_in_use(worker)
     freed = sum(free_one(kernel) for kernel in kernels if is_spare(kernel))
     compat.charge(worker, compat.memory_in_use(worker) - before)
