@@ -72,19 +72,25 @@ def test_takeovers_are_found_between_the_sizes_of_the_grid(clock: dict[str, Call
             assert clock[chosen](m) <= 1.1 * min(clock[c](m) for c in choices)
 
 
-def test_a_twin_that_no_plan_takes_is_timed_on_the_grid_alone(
-    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """fp32, at twice the bytes, is slower than bf16 at every size, and both are within what is timed closely."""
-    clock["twin:float32"] = lambda m: 1.5 * clock["twin:bfloat16"](m)
-    timed: dict[int, set[str]] = {}
+@pytest.fixture
+def timed(clock: object, monkeypatch: pytest.MonkeyPatch) -> dict[int, set[str]]:
+    """What is timed at which rows."""
+    found: dict[int, set[str]] = {}
     rows = crossover.time_rows
 
     def seen(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
-        timed[m] = set(ways)
+        found[m] = set(ways)
         return rows(ways, m, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(crossover, "time_rows", seen)
+    return found
+
+
+def test_a_twin_that_no_plan_takes_is_timed_on_the_grid_alone(
+    clock: dict[str, Callable[[int], float]], timed: dict[int, set[str]]
+) -> None:
+    """fp32, at twice the bytes, is slower than bf16 at every size, and both are within what is timed closely."""
+    clock["twin:float32"] = lambda m: 1.5 * clock["twin:bfloat16"](m)
     found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
     between = set(timed) - set(GRID["cpu"])
     assert len(between) >= 5
@@ -135,16 +141,8 @@ def test_jumps_of_a_gpu_are_found_between_the_sizes_of_the_grid(clock: dict[str,
 
 
 def test_on_a_gpu_what_is_far_behind_on_both_sides_is_not_timed_between(
-    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+    clock: dict[str, Callable[[int], float]], timed: dict[int, set[str]]
 ) -> None:
-    timed: dict[int, set[str]] = {}
-    rows = crossover.time_rows
-
-    def seen(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
-        timed[m] = set(ways)
-        return rows(ways, m, *args, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(crossover, "time_rows", seen)
     found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, torch.device("meta"))
     # int4 is level with the twin at 25 rows and with stream at 125; ends, and what lies between them at first, have all.
     assert "stream" not in timed[8] | timed[16]
