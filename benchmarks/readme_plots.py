@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from twinweight.plots import bench, canvas, tune
@@ -19,10 +18,8 @@ _N, _K = 28672, 4096
 # What Twinweight runs, by the names it has in plots, and the kernels of others beside it.
 _OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfloat16", "fp8-row": "twin:fp8-row"}
 _PEERS = ("marlin", "machete", "humming")
-_MODEL = "llama-3.1-8b"
-_KERNELS = {"MarlinLinearKernel": "Marlin", "MacheteLinearKernel": "Machete"}
-_POINTS = [(512, 1), (512, 32), (512, 128), (2048, 1), (2048, 32), (8192, 8)]
-_RUN = "6-0-"  # how `server` begins on the machine where all of these ran
+# `server` of llama-3.1-8b, off and on. Over Marlin the last run has no off: that one is of the run before, on another H200.
+_SERVERS = {"Marlin": ("8-0-3", "9-1-5"), "Machete": ("9-0-2", "9-0-1")}
 
 
 def paths(directory: Path) -> Path:
@@ -43,27 +40,18 @@ def path_panel(records: Sequence[dict[str, Any]], n: int, k: int, what: str, gpu
 
 
 def vllm(directory: Path) -> Path:
-    """TTFT and TPOT through vLLM, off and on, over either int4 kernel."""
-    found = [r for r in _read("h200-vllm.json")["records"] if r.get("server", "").startswith(_RUN)]
-    records = [r for r in found if r["model"] == _MODEL and r["mode"] in ("off", "on")]
+    """TTFT and TPOT through vLLM, off and on, over either int4 kernel: medians, least and most of each point.
+
+    Points of one sample are left out: first tokens of a batch may come with their chunk or only with the next.
+    """
+    records = _read("h200-vllm.json")["records"]
     panels: list[canvas.Panel] = []
     for key, name in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT")):
-        for kernel, label in _KERNELS.items():
-            groups = bench.groups_of(_of_all_servers([r for r in records if r["inner_kernel"] == kernel], key), key)
-            panels.append(canvas.Panel(f"{name}, int4 by {label}", "", partial(bench.draw, groups), bench.height(groups)))
-    return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on one H200, Twinweight off and on")
-
-
-def _of_all_servers(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """A record for each of `_POINTS` and modes: the mean over the servers that measured it, the least and the most."""
-    times: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for r in records:
-        times[r["mode"], r["prompt_tokens"], r["concurrency"]].append(r[key])
-    return [
-        {"mode": mode, "prompt_tokens": prompt, "concurrency": at_once, key: fmean(ms), f"{key}_range": (min(ms), max(ms))}
-        for (mode, prompt, at_once), ms in times.items()
-        if (prompt, at_once) in _POINTS
-    ]
+        for kernel, servers in _SERVERS.items():
+            found = [r for r in records if r.get("server") in servers and len(set(r[f"{key}_range"])) > 1]
+            groups = bench.groups_of(found, key)
+            panels.append(canvas.Panel(f"{name}, int4 by {kernel}", "", partial(bench.draw, groups), bench.height(groups)))
+    return _save(panels, directory / "vllm.svg", "Llama-3.1-8B through vLLM on H200s, Twinweight off and on")
 
 
 def _read(name: str) -> dict[str, Any]:

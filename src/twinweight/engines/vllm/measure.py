@@ -32,9 +32,9 @@ from twinweight.workload import Workload
 log = logging.getLogger("vllm.twinweight")
 
 SECONDS = 15.0
-"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 4 to 6 s on an H200 (13 for
-llama-3.3-70b), CPUs 4 to 12. A kernel's first call is not counted: humming compiles all it has there, as a server does sooner
-or later.
+"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 4 to 7 s on an H200 (22 for
+llama-3.3-70b on Machete at its first start, compiling included), CPUs 4 to 12. A kernel's first call is not counted: humming
+compiles all it has there, as a server does sooner or later.
 """
 
 W = TypeVar("W", bound=Wrapped)
@@ -53,12 +53,10 @@ _OURS = (OWN, "fused")
 _ALONE = ((16, 1.05), (256, 1.1))
 """(Up to so many rows, how many times as long our kernels may take in a server as by themselves, against vLLM's.)
 
-Servers of llama-3.1-8b on an H200 with own copies (`benchmarks/results/h200-vllm.json`, `server` 8-*): steps of decode became
-faster as if ours took 0.99 to 1.01 times as long as their times by themselves (`h200-paths.json`) at 1 row, 0.98 to 1.01 at 32,
-1.04 at 64 and 1.10 at 128. They unpack on all multiprocessors while they read, and a server's GPU comes to its power limit,
-where that costs clocks that a short measurement keeps (`h200-vllm-clocks.json`): more so the larger the model. Of qwen3-32b and
-llama-3.3-70b there are times with zero points alone, which themselves take 1.07 (1 row) to 1.13 times as long (32): up to 1.16
-and 1.21 times with these in them.
+Servers of llama-3.1-8b and qwen3-32b on H200s with own copies (`benchmarks/results/h200-vllm.json`, `server` 9-*): steps of
+decode became faster as if ours took 0.95 to 0.99 times as long as their times by themselves (`h200-paths.json`) at 1 row, 0.97
+to 1.06 at 32, 1.08 at 64 and 1.05 to 1.08 at 128. They unpack on all multiprocessors while they read, and a server's GPU comes
+to its power limit, where that costs clocks that a short measurement keeps (`h200-vllm-clocks.json`).
 """
 
 _SPARED = 1.1
