@@ -21,8 +21,9 @@ import torch
 
 import twinweight
 from twinweight.bench import cpu_name
-from twinweight.crossover import Shape, choices_of, time_rows, variants
+from twinweight.crossover import Shape, choices_of, variants
 from twinweight.kernels import int8
+from twinweight.search import time_rows
 from twinweight.twins import lossy_kinds
 
 SHAPES = "4096x4096,14336x4096,4096x14336"

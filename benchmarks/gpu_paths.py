@@ -31,10 +31,11 @@ from gpu_peers import BF16_ONLY, PEERS, available
 from gpu_timing import copies_of, copy_bandwidth, matrix_rate, time_calls
 from torch import Tensor
 
-from twinweight.crossover import time_variants, twin_choice
+from twinweight.crossover import twin_choice
 from twinweight.graphs import Graphs
 from twinweight.kernels import dense_linear, fp8, gpu, int4_path
 from twinweight.paths import Path as Route
+from twinweight.search import time_variants
 from twinweight.weight import Int4Weight
 
 ROWS = (1, 2, 4, 5, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)

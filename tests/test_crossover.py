@@ -9,12 +9,13 @@ from pathlib import Path as File
 import pytest
 import torch
 
-from twinweight import crossover
+from twinweight import crossover, search
 from twinweight.cache import Cache
-from twinweight.crossover import GRID, Crossovers, Shape, choices_of, int8_slice, measure, time_variants
+from twinweight.crossover import Crossovers, Shape, choices_of, int8_slice, measure
 from twinweight.kernels import int8
 from twinweight.measured import Measured
 from twinweight.paths import Path, Route
+from twinweight.search import GRID, time_variants
 from twinweight.timing import Timing, interleaved
 
 CPU = torch.device("cpu")
@@ -55,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[int], float]]:
     def rows(variants: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
         return {c: Timing(laws[c](m), laws[c](m), laws[c](m)) for c in variants}
 
-    monkeypatch.setattr(crossover, "time_rows", rows)
+    monkeypatch.setattr(search, "time_rows", rows)
     return laws
 
 
@@ -76,13 +77,13 @@ def test_takeovers_are_found_between_the_sizes_of_the_grid(clock: dict[str, Call
 def timed(clock: object, monkeypatch: pytest.MonkeyPatch) -> dict[int, set[str]]:
     """What is timed at which rows."""
     found: dict[int, set[str]] = {}
-    rows = crossover.time_rows
+    rows = search.time_rows
 
     def seen(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
         found[m] = set(ways)
         return rows(ways, m, *args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(crossover, "time_rows", seen)
+    monkeypatch.setattr(search, "time_rows", seen)
     return found
 
 
@@ -110,7 +111,7 @@ def test_stairs_are_found_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> N
     def rows(ways: object, m: int, *args: object, **more: object) -> dict[str, Timing]:
         return {c: Timing(t(m), t(m), t(m)) for c, t in stairs.items()}
 
-    monkeypatch.setattr(crossover, "time_rows", rows)
+    monkeypatch.setattr(search, "time_rows", rows)
     found = time_variants(dict.fromkeys(stairs, lambda x: x), 64, 64, torch.bfloat16, CPU)
     assert found.route(["int4", "twin:bfloat16"]).starts[1] == 21  # 6 steps of 4 rows take longer than the twin, 5 do not
 
@@ -213,7 +214,7 @@ def test_8_bit_twins_are_timed_where_they_are_asked_for(monkeypatch: pytest.Monk
         asked.append(list(ways))
         return dict.fromkeys(ways, Timing(1.0, 1.0, 1.0))
 
-    monkeypatch.setattr(crossover, "time_rows", rows)
+    monkeypatch.setattr(search, "time_rows", rows)
     known = Crossovers(store=None)
     assert "twin:int8" not in known.get(shape()).times
     assert "twin:int8" in known.get(shape(), lossy=["int8"]).times

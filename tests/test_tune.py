@@ -13,11 +13,12 @@ from rich.console import Console
 from tests.test_measured import measured
 from tests.test_plan_command import Command, run
 from tests.test_synth import tiny
-from twinweight import cache, crossover, plots, synth, tune
-from twinweight.crossover import GRID, Shape
+from twinweight import cache, crossover, plots, search, synth, tune
+from twinweight.crossover import Shape
 from twinweight.errors import ConfigError
 from twinweight.measured import Costs, Form
 from twinweight.report import tune_table
+from twinweight.search import GRID
 from twinweight.timing import Timing
 from twinweight.workload import Workload
 
@@ -45,9 +46,9 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def rows(variants: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
         return {c: Timing(LAWS[c](m), LAWS[c](m), LAWS[c](m)) for c in variants}
 
-    for module in (crossover, tune):
-        monkeypatch.setattr(module, "time_rows", rows)
-        monkeypatch.setattr(module, "variants", lambda shape, n, names: dict.fromkeys(names, lambda x: x))
+    for timing, having in ((search, crossover), (tune, tune)):
+        monkeypatch.setattr(timing, "time_rows", rows)
+        monkeypatch.setattr(having, "variants", lambda shape, n, names: dict.fromkeys(names, lambda x: x))
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
 
 

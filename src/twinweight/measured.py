@@ -6,7 +6,7 @@ import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from twinweight.paths import Path, Route
@@ -27,12 +27,14 @@ def path_of(choice: str) -> Path:
 class Measured:
     """Seconds a call at each number of rows in `ms` (ascending), per choice.
 
-    n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it.
+    n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it. whole: whether no
+    time limit cut it short; what is read back is.
     """
 
     ms: tuple[int, ...]
     times: dict[str, tuple[Timing, ...]]
     n: int
+    whole: bool = True
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -166,6 +168,7 @@ class Costs:
     forms: tuple[Form, ...]
     n: int
     least: int = 0
+    _solved: dict[Form, tuple[tuple[int, str], ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def route(self, form: Form | None = None) -> Route:
         """Which path serves which rows, with a form or without any."""
@@ -187,8 +190,10 @@ class Costs:
         return found
 
     def _pieces(self, form: Form) -> tuple[tuple[int, str], ...]:
-        few = [choice for choice, path in form.named.items() if path in (Path.INT4, Path.INNER)]
-        return held(self.measured.pieces(form.choices), self.least, few)
+        if form not in self._solved:  # thousands of layers of one kind ask
+            few = [choice for choice, path in form.named.items() if path in (Path.INT4, Path.INNER)]
+            self._solved[form] = held(self.measured.pieces(form.choices), self.least, few)
+        return self._solved[form]
 
     def options(self, workload: Workload) -> tuple[TwinOption, ...]:
         """The forms with what they save in an average call; nothing where that is below `MARGIN` of the calls they serve."""

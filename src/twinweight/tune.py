@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from twinweight import cache
-from twinweight.crossover import Crossovers, Shape, by_graphs, choices_of, time_rows, variants
+from twinweight.crossover import Crossovers, Shape, by_graphs, choices_of, variants
 from twinweight.engines.hf import describe
 from twinweight.measured import Costs, Form, Measured
+from twinweight.search import time_rows
 from twinweight.twins import costs_of
 from twinweight.workload import Workload
 

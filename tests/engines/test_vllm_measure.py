@@ -15,10 +15,10 @@ from torch import Tensor
 
 from twinweight import crossover
 from twinweight.cache import Cache
-from twinweight.crossover import grid
 from twinweight.engines.vllm import compat, measure, own
 from twinweight.kernels.tiles import AmpereTiles, DeviceTraits, HopperTiles, fused_tiles
 from twinweight.measured import Measured
+from twinweight.search import grid
 from twinweight.timing import Timing
 from twinweight.workload import Workload
 
@@ -151,7 +151,6 @@ def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(compat, "version", lambda: "0.0")
     monkeypatch.setattr(measure, "measure", timed)
-    monkeypatch.setattr(measure, "grid", lambda device: (1, 512))
     monkeypatch.setattr(measure.own, "can_have", lambda kernel: True)
     monkeypatch.setattr(measure, "compile_together", lambda calls: pytest.fail("a CPU has no kernels to compile"))
     wide, tall = (measure.Kind(n, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner") for n in (N, 2 * N))
@@ -160,17 +159,25 @@ def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypa
     assert measure.known_or_measured({wide: layers[wide]}, lambda kernel: [], store) == {wide: times}
     assert asked == [(layers[wide][0], measure.SECONDS)]
     assert set(measure.known_or_measured(layers, lambda kernel: [], store)) == {wide, tall}
-    assert asked[1:] == [(layers[tall][0], measure.SECONDS / 2)]
+    assert asked[1:] == [(layers[tall][0], measure.SECONDS)]  # what is known takes none of it
     measure.known_or_measured(layers, lambda kernel: [], store)
     measure.known_or_measured(layers, lambda kernel: [], None)
-    assert len(asked) == 2 + 2
+    assert asked[2:] == [(layers[kind][0], measure.SECONDS / 2) for kind in (wide, tall)]
+
+
+def test_times_that_a_limit_cut_short_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([dataclasses.replace(TIMES, whole=False), TIMES])
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "measure", lambda *args: next(found))
+    kind = measure.Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
+    kept = [measure.known_or_measured({kind: [layer("cpu")]}, lambda kernel: [], Cache(tmp_path))[kind] for _ in range(3)]
+    assert [times.whole for times in kept] == [False, True, True]
 
 
 def test_times_of_layers_that_caches_may_hold_are_for_as_few_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, asked = Cache(tmp_path), []
     monkeypatch.setattr(compat, "version", lambda: "0.0")
     monkeypatch.setattr(measure, "measure", lambda layers, *args: asked.append(len(layers)) or TIMES)
-    monkeypatch.setattr(measure, "grid", lambda device: (1, 512))
     kind = measure.Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
     for layers in (2, 2, 3, 6, 9, 2):  # calls rotate over six of such layers on a CPU
         measure.known_or_measured({kind: [layer("cpu")] * layers}, lambda kernel: [], store)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twinweight import twin
 from twinweight.cache import Cache
-from twinweight.crossover import CPU_ELEMENTS, Shape, grid, rotation, time_variants, twin_choice, variants
+from twinweight.crossover import CPU_ELEMENTS, Shape, rotation, twin_choice, variants
 from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.wrapped import Wrapped
@@ -27,6 +27,7 @@ from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import MARGIN, Offer, TwinOption
+from twinweight.search import grid, time_variants
 from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")
@@ -122,9 +123,9 @@ def known_or_measured(
     if any(first.device.type != "cpu" for first, *_ in new.values()):
         compile_together(call for first, *_ in new.values() for call in _launches(first, most))
     for kind, same in new.items():
-        found[kind] = measure(same, lossy(same[0]), SECONDS / len(layers))
+        found[kind] = measure(same, lossy(same[0]), SECONDS / len(new))
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
-        if store is not None and set(grid(same[0].device)) <= set(found[kind].ms):
+        if store is not None and found[kind].whole:
             store.write(_key(kind, same), same[0].device, found[kind], vllm=vllm)
     return found
 

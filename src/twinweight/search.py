@@ -1,0 +1,218 @@
+"""`time_variants`: times of the ways to compute one product, by rows: over a grid, then where one takes over from another."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from twinweight import twin
+from twinweight.graphs import Wrap
+from twinweight.measured import Measured
+from twinweight.timing import Timing, interleaved
+
+GRID = {
+    "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+    "gpu": (1, 8, 16, 32, 64, 112, 160, 256, 320, 512, 640, 1024, 2048, 8192),
+}
+"""Rows that are timed for every shape; between two of them a takeover is searched for. A GPU takes 8 rows or more at once, and
+kernels take tiles of 128 or 256: at so many rows such a kernel is at its best, and a twin that is 20 % ahead from 129 on seemed
+level with it at 128 and 256 (H200, 14336 x 4096). 256 is timed all the same: a twin of 10240 x 5120 is a sixth faster there and
+no more than level at 192 and 384, so that a search between 160 and 320 did not find it. So is 512, where Machete is up to 11 %
+ahead of `fused`, and up to 26 % behind at 384, and 112, where a twin of 4096 x 4096 is 14 % ahead of `fused`, and not at 64 and
+160."""
+
+_CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: int4 costs at most so much more at the upper one
+_STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
+_HOPELESS = 2.5  # a path so much slower than the best is not timed often
+_BEHIND = 1.5  # one that is so much slower at two sizes is not timed between them
+_LEVEL = 1.15  # a path that takes so much longer may be ahead between two sizes
+_JUMPY = (_STEPPED, 512)  # rows between which GPUs' times jump: few tiles, and cuBLAS chooses others from one size to the next
+_WIDE = 1.25  # of such gaps those are looked into in which the upper size is so many times the lower
+_ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
+_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 160, 512 and 8192 on a GPU
+_ENOUGH = 16  # samples of a size and path
+_PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
+
+
+def grid(device: torch.device) -> tuple[int, ...]:
+    """The rows that are timed for every shape on a device, ascending."""
+    return GRID["cpu" if device.type == "cpu" else "gpu"]
+
+
+def time_variants(
+    variants: Mapping[str, Callable[[torch.Tensor], object]],
+    k: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    orders: Sequence[Sequence[str]] = (),
+    wraps: Callable[[int], Wrap | None] = lambda m: None,
+    seconds: float = math.inf,
+) -> Measured:
+    """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
+    between the two sizes around each takeover, until they are close.
+
+    orders: the routes that may be used, as `Measured.route` takes them; none: all that need no twin, and those with one twin.
+    wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
+    disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
+    coarsest grid that serves: some kernels are compiled for each size.
+    """
+    found: dict[int, dict[str, Timing]] = {}
+    started, whole = math.inf, True
+
+    def time_size(m: int, left_out: Collection[str]) -> None:
+        near = {c: call for c, call in variants.items() if c not in left_out}
+        others = {c: _between(found, n, c, m) for c in left_out}
+        found[m] = {**time_rows(near, m, k, dtype, device, wrap=wraps(m)), **others}
+
+    def in_time() -> bool:
+        return time.perf_counter() - started <= seconds
+
+    for m in _coarse_first(grid(device)):
+        if len(found) >= _LEAST_SIZES and not in_time():
+            whole = False
+            break
+        time_size(m, _behind(found, m) if device.type != "cpu" and len(found) >= _LEAST_SIZES else ())
+        started = min(started, time.perf_counter())
+    surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
+    for _ in range(_ROUNDS):
+        measured = _joined(found, n)
+        routes = orders or _usual(measured, surpassed)
+        looked_into = _contested(measured, routes) if device.type != "cpu" else set()
+        for m in sorted(_around_takeovers(measured, routes) | looked_into):
+            if not in_time():
+                return replace(_joined(found, n), whole=False)
+            time_size(m, _behind(found, m) | surpassed)
+    return replace(_joined(found, n), whole=whole)
+
+
+def _around(found: Mapping[int, dict[str, Timing]], m: int) -> list[dict[str, Timing]]:
+    """The times at the sizes on either side of one."""
+    return [found[max(size for size in found if size < m)], found[min(size for size in found if size > m)]]
+
+
+def _between(found: Mapping[int, dict[str, Timing]], n: int, choice: str, m: int) -> Timing:
+    """What a path should take at a size, by its times on either side; as sure as they are."""
+    seconds = _joined(found, n).time_at(choice, m)
+    return Timing(seconds, seconds, seconds, max(at[choice].spread for at in _around(found, m)))
+
+
+def _behind(found: Mapping[int, dict[str, Timing]], m: int) -> set[str]:
+    """What is far from the best at the sizes timed on either side of `m`: it is taken to be between them there."""
+    around = _around(found, m)
+    return {c for c in around[0] if all(at[c].min > _BEHIND * min(t.min for t in at.values()) for at in around)}
+
+
+def _coarse_first(sizes: Sequence[int]) -> list[int]:
+    """The same sizes: both ends, then always the middle of the widest gap."""
+    at = [0, len(sizes) - 1]
+    while len(at) < len(sizes):
+        ordered = sorted(at)
+        low, high = max(itertools.pairwise(ordered), key=lambda gap: gap[1] - gap[0])
+        at.append((low + high) // 2)
+    return [sizes[i] for i in at]
+
+
+def _joined(found: Mapping[int, dict[str, Timing]], n: int) -> Measured:
+    ms = tuple(sorted(found))
+    return Measured(ms, {c: tuple(found[m][c] for m in ms) for c in found[1]}, n)
+
+
+def time_rows(
+    variants: Mapping[str, Callable[[torch.Tensor], object]],
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    wrap: Wrap | None = None,
+    enough: int = _ENOUGH,
+    patience: float | None = None,
+) -> dict[str, Timing]:
+    """Time all variants with m rows, interleaved; `enough` samples each, where they take no longer than `patience` (seconds a
+    path; None: a start-up's).
+    """
+    x = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
+    if device.type == "cpu":
+        # Every call has a clock of its own, so that one disturbed call does not spoil the others.
+        calls: dict[str, Callable[[], object]] = {name: partial(call, x) for name, call in variants.items()}
+        longest = (patience or _PATIENCE["cpu"]) * len(calls)
+        return interleaved(calls, device=device, enough=enough, patience=longest, hopeless=_HOPELESS)
+    # Calls are repeated inside one sample: a clock around a short one measures the clock, one weight alone would stay in the
+    # caches, and where the host launches each, the GPU would wait for it (`stream` twice).
+    inner = max(1, min(16, (8192 if wrap is None else 2048) // m))
+    runs = {name: _repeat(call, x, inner) for name, call in variants.items()}
+    calls = {name: run if wrap is None else wrap(run) for name, run in runs.items()}
+    # What is launched from here is only as fast as the host lets it be.
+    longest = (patience or (_PATIENCE["gpu"] if wrap is None else 0.0)) * len(calls)
+    times = interleaved(calls, device=device, enough=enough, patience=longest, hopeless=_HOPELESS)
+    return {name: t.times(1 / inner) for name, t in times.items()}
+
+
+def _surpassed(measured: Measured, nbytes: Callable[[str], int]) -> set[str]:
+    """Exact kinds of twins that no plan takes: another one is no larger, and faster at every size."""
+    kinds = [c for c in measured.times if c.startswith("twin:") and c.removeprefix("twin:") not in twin.LOSSY]
+
+    def surpasses(a: str, b: str) -> bool:
+        smaller = nbytes(a.removeprefix("twin:")) <= nbytes(b.removeprefix("twin:"))
+        return smaller and all(x.min < y.min for x, y in zip(measured.times[a], measured.times[b], strict=True))
+
+    return {b for b in kinds if any(surpasses(a, b) for a in kinds if a != b)}
+
+
+def _usual(measured: Measured, surpassed: Collection[str]) -> list[tuple[str, ...]]:
+    """The routes of a weight without a twin, and with each that a plan may take."""
+    twins = [c for c in measured.times if c.startswith("twin:") and c not in surpassed]
+    return [measured.plain, *map(measured.with_twin, twins)]
+
+
+def _around_takeovers(measured: Measured, orders: Sequence[Sequence[str]]) -> set[int]:
+    """Sizes to time in the gaps in which one path takes over from another, on any of these routes."""
+    ms: set[int] = set()
+    for choices in orders:
+        for start, _ in measured.pieces(choices)[1:]:
+            before = measured.ms[measured.ms.index(start) - 1]
+            if start <= _STEPPED:
+                octave = 1 << (start - 1).bit_length() - 1
+                # Stairs begin behind a multiple of 4 or more; where there are none, a takeover is between two of these.
+                ms |= set(range(octave + 1, min(4 * octave, _STEPPED) + 1, 4 if octave > 2 else 1))
+                ms |= {before + 2} if start - before == 4 else set()
+            elif start > before * _CLOSE:
+                ms.add(round(math.sqrt(before * start)))
+    return ms - set(measured.ms)
+
+
+def _contested(measured: Measured, orders: Sequence[Sequence[str]]) -> set[int]:
+    """Sizes to time in the gaps in which nothing takes over, but another path is level at both ends: it may be ahead between.
+
+    A twin of 4096 x 4096 on an H200 takes 12.3 us at 91 and 108 rows, 15.4 at 112, 14.0 at 128, 15.6 at 152 and 19.3 at 160,
+    where `fused` takes 12.7, 14.4, 14.5, 14.5, 17.2 and 17.3.
+    """
+    ms: set[int] = set()
+    for choices in orders:
+        pieces = measured.pieces(choices)
+        serving = [next(c for start, c in reversed(pieces) if start <= m) for m in measured.ms]
+        level = [
+            {c for c in choices if measured.times[c][at].min <= _LEVEL * measured.times[served][at].min}
+            for at, served in enumerate(serving)
+        ]
+        for at, (low, high) in enumerate(itertools.pairwise(measured.ms)):
+            wide = _JUMPY[0] <= low and high <= _JUMPY[1] and high > low * _WIDE
+            if wide and serving[at] == serving[at + 1] and level[at] & level[at + 1] - {serving[at]}:
+                ms.add(round(math.sqrt(low * high)))
+    return ms
+
+
+def _repeat(call: Callable[[torch.Tensor], object], x: torch.Tensor, times: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            call(x)
+
+    return run
