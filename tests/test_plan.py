@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinweight.errors import BudgetError, ConfigError
-from twinweight.plan import Budget, TwinCandidate, TwinOption, check_mode, choose, plan
+from twinweight.plan import Budget, Mode, TwinCandidate, TwinOption, check_mode, choose, plan
 from twinweight.workload import Workload
 
 MIB = 1 << 20
@@ -119,6 +119,12 @@ def test_the_workload_decides_whether_a_twin_pays() -> None:
         found = plan(weights, budget(100), {"kind": Linear()}, Workload.prefill(rows), "soft")
         assert len(found.twins) == count
     assert plan(weights, budget(100), {}, Workload.prefill(), "off").twins == {}
+
+
+@pytest.mark.parametrize("mode", ["off", "soft", "hard"])
+def test_where_no_weight_is_int4_nothing_is_planned(mode: Mode) -> None:
+    found = plan({}, budget(100), {}, Workload.prefill(), mode)
+    assert (found.twins, found.missed, found.refused) == ({}, {}, "")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,14 @@ def test_a_dense_weight_has_none(n: int, k: int, group: int) -> None:
     assert recover(torch.randn(n, k).bfloat16(), group) is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [1, 32])
+def test_what_is_no_number_has_none(value: float, count: int) -> None:
+    dense = random_weight(2, 32, 32).dequantize()
+    dense[1, :count] = value
+    assert recover(dense, 32) is None
+
+
 def test_rows_may_be_padded() -> None:
     dense = random_weight(8, 64, 64).dequantize()
     padded = torch.full((8, 96), 7.0, dtype=dense.dtype)

@@ -218,11 +218,11 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     See `choose` for modes and errors.
     """
     most = None
-    if mode == "off":
+    if mode == "off" or not weights:
         return Plan(mode, budget, {}, {})
     counts = Counter(weights.values())
     options = {kind: crossovers[kind].options(workload) for kind in counts}
-    if counts and not any(o.saved_us > 0 for found in options.values() for o in found):
+    if not any(o.saved_us > 0 for found in options.values() for o in found):
         return Plan(mode, budget, {}, {}, refused=_NONE_PAYS)
     if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = (math.fsum(n * times[kind][i] for kind, n in counts.items()) for i in (0, 1))

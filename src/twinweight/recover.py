@@ -71,7 +71,7 @@ def _recover_groups(v: Tensor, steps: Tensor, scales: Tensor) -> bool:
     largest = v.abs().amax(1).float()
     scales.fill_(1)
     steps.zero_()
-    open_ = largest > 0
+    open_ = largest != 0
     for j in _LIKELY:
         middle = (largest / j).to(v.dtype)
         for s in (middle, _neighbour(middle, 1), _neighbour(middle, -1)):

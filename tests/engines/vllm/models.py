@@ -36,14 +36,22 @@ def linears(directory: str) -> int:
 @functools.cache
 def synthetic(seed: int) -> str:
     """A random model of two layers."""
-    config = preset("llama-3.1-8b", layers=2)
-    config.update(
-        hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=4096,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     out = BUILD / f"synthetic-{seed}"
-    write(config, out, seed=seed)
+    write(_small(), out, seed=seed)
     return str(out)
+
+
+def without_int4() -> str:
+    """The configuration of one like it, whose weights are dense; there are none."""
+    out = BUILD / "without-int4"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(_small()))
+    return str(out)
+
+
+def _small() -> dict[str, Any]:
+    small = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    return {**preset("llama-3.1-8b", layers=2), **small, "vocab_size": 4096, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @functools.cache

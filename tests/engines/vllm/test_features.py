@@ -11,7 +11,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
 from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
-from tests.engines.vllm.models import PROMPTS, SHORT, adapter, linears, short, short_w8
+from tests.engines.vllm.models import PROMPTS, SHORT, adapter, linears, short, short_w8, without_int4
 
 pytestmark = needs_kernel
 
@@ -34,6 +34,13 @@ def test_groups_that_our_kernels_do_not_take_are_measured_without_them() -> None
     assert "could not time" not in result(job)["log"]
     assert all("stream" not in route for route in report["routes"].values())
     assert_same_tokens(OFF_RUN, job)
+
+
+def test_a_model_without_int4_weights_is_served_as_it_is() -> None:
+    job = Job(without_int4(), json.dumps({"twinweight": {"mode": "soft"}}), more=json.dumps({"load_format": "dummy"}))
+    report = result(job)["reports"][0][0]
+    assert (report["twins"], report["copies"], report["routes"]) == ({}, 0, {})
+    assert "no W4A16 layer" in result(job)["log"]
 
 
 def test_w8a16_has_no_kernel_on_a_cpu_with_the_plugin_or_without() -> None:

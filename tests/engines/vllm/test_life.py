@@ -22,6 +22,7 @@ import torch
 from twinweight.engines.vllm import build, compat, own, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.life import Built, Life
+from twinweight.engines.vllm.measure import Kind
 from twinweight.errors import BudgetError
 from twinweight.paths import Path, Route
 from twinweight.plan import Budget, Mode, Plan, TwinOption
@@ -130,29 +131,6 @@ def test_what_took_the_place_of_vllm_s_weight_stays(monkeypatch: pytest.MonkeyPa
     assert list(found.built) == ["c"]
 
 
-@pytest.mark.parametrize(("allocator", "gone"), [(None, "a"), (object(), "")])
-def test_vllm_s_weights_go_where_a_copy_serves_all_calls(allocator: object, gone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = life()
-    routes = {"a": [0, Path.INT4, 64, Path.FUSED], "b": [0, Path.INT4, 64, Path.INNER], "c": [0, Path.INT4, 64, Path.TWIN]}
-    for name, kernel in found.kernels.items():
-        kernel.own, kernel.route = object(), routes[name]  # type: ignore[assignment]
-        kernel.twin = kernel.twin if name == "c" else None
-    charged: list[int] = []
-    held = iter((100, 60))
-    monkeypatch.setattr(compat, "sleeper", lambda worker: allocator)
-    monkeypatch.setattr(compat, "memory_in_use", lambda worker: next(held))
-    monkeypatch.setattr(compat, "charge", lambda worker, nbytes: charged.append(nbytes))
-    monkeypatch.setattr(spare, "free_one", lambda kernel: setattr(kernel, "freed", 20) or 20)
-    for name in ("reload_weights", "sleep", "save_sharded_state"):
-        setattr(found.worker, name, lambda *args: "done")
-    spare.free(found.worker, found.kernels.values())  # type: ignore[arg-type]
-    assert "".join(name for name in "abc" if found.kernels[name].freed) == gone
-    assert charged == ([-40] if gone else [])
-    for name in ("reload_weights", "sleep", "save_sharded_state"):
-        with pytest.raises(RuntimeError, match="int4 weights of vLLM freed") if gone else nullcontext():
-            assert getattr(found.worker, name)(1) == "done"
-
-
 def test_what_vllm_s_kernel_reads_is_freed_and_nothing_else() -> None:
     from twinweight.engines.vllm.kernel import TwinLinearKernel
 
@@ -225,6 +203,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Group, list[Life]]:
         monkeypatch.setattr(found, "_offers", dict)
         monkeypatch.setattr(found, "_plan", functools.partial(planned, found))
         monkeypatch.setattr(found, "_route", routed)
+        found.built = {}
         found.plan = planned(found)
     for of in (module, telling):
         monkeypatch.setattr(of, "kind_of", lambda kernel: kernel.kind)
@@ -248,7 +227,7 @@ def planned(found: Life) -> Plan:
     forms = {"a": "own+bfloat16", "b": "own", "c": "own"}
     forms |= {name: "bfloat16" for name, kernel in found.kernels.items() if not kernel.copyable}
     options = {name: TwinOption(form, 9, 1.0, not form.startswith("own")) for name, form in forms.items()}
-    return Plan("soft", Budget(1 << 30, 1 << 30), options, {})
+    return Plan("soft", Budget(1 << 30, 1 << 30), {n: o for n, o in options.items() if n not in found.built}, {})
 
 
 def routed(kernel: object, form: str) -> Route:
@@ -337,12 +316,144 @@ def test_timing_that_fails_in_any_way_leaves_int4(
     assert "could not time the kernels" in caplog.text
 
 
+def test_vllm_s_weights_go_where_a_copy_serves_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = life()
+    routes = {"a": [0, Path.INT4, 64, Path.FUSED], "b": [0, Path.INT4, 64, Path.INNER], "c": [0, Path.INT4, 64, Path.TWIN]}
+    for name, kernel in found.kernels.items():
+        kernel.own, kernel.route = object(), routes[name]  # type: ignore[assignment]
+        kernel.twin = kernel.twin if name == "c" else None
+    charged: list[int] = []
+    held = iter((100, 60, 60, 60))
+    monkeypatch.setattr(compat, "memory_in_use", lambda worker: next(held))
+    monkeypatch.setattr(compat, "charge", lambda worker, nbytes: charged.append(nbytes))
+    monkeypatch.setattr(spare, "free_one", lambda kernel: setattr(kernel, "freed", 20) or 20)
+    for name in ("reload_weights", "sleep", "save_sharded_state"):
+        setattr(found.worker, name, lambda *args: "done")
+    assert spare.free(found.worker, found.kernels.values()) == 20  # type: ignore[arg-type]
+    assert [name for name in "abc" if found.kernels[name].freed] == ["a"]
+    assert spare.free(found.worker, found.kernels.values()) == 0  # type: ignore[arg-type]
+    assert charged == [-40, 0]
+    for name in ("reload_weights", "sleep", "save_sharded_state"):
+        with pytest.raises(RuntimeError, match=r"no .* here.*int4 weights of vLLM freed"):
+            getattr(found.worker, name)(1)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("reload", "allocator", "frees"), [(False, None, True), (True, None, False), (False, object(), False)])
+def test_what_is_freed_makes_room_for_more(
+    reload: bool, allocator: object, frees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is freed where weights may be written again, or sleep."""
+    from twinweight.engines.vllm import life as module
+
+    found = life()
+    found.config = Config("soft", reload=reload)
+    kernels, kind = found.kernels, Kind(8, 8, 8, "uint4b8", False, False, torch.bfloat16, "Inner")
+    option = TwinOption("own", MIB, 1.0, is_twin=False)
+
+    def one_more() -> Plan:
+        return Plan(
+            "soft", Budget(1 << 30, 1 << 30), dict.fromkeys([n for n in kernels if n not in found.built][:1], option), {}
+        )
+
+    def freed(worker: object, served: list[FakeKernel]) -> int:
+        new = [kernel for kernel in served if not kernel.freed]
+        for kernel in new:
+            kernel.freed = MIB
+        return len(new) * MIB
+
+    for name, value in {
+        "kernels_of": lambda model: kernels, "weight_only": lambda kernels: kernels, "kind_of": lambda kernel: kind,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module.heads, "of", lambda worker: [])
+    monkeypatch.setattr(module.measure, "offer", lambda *args: "with inner")
+    monkeypatch.setattr(module.measure, "without_inner", lambda offer, workload: "without")
+    monkeypatch.setattr(compat, "forward_context", lambda worker: nullcontext())
+    monkeypatch.setattr(compat, "draft_rows", lambda worker: 1)
+    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+    monkeypatch.setattr(compat, "kv_floor", lambda worker, floor: found.floor)
+    monkeypatch.setattr(compat, "sleeper", lambda worker: allocator)
+    monkeypatch.setattr(spare, "free", freed)
+    monkeypatch.setattr(found, "_measure", dict)
+    monkeypatch.setattr(found, "_kinds", lambda kernel: ([], []))
+    monkeypatch.setattr(found, "_plan", one_more)
+    built = lambda: found.built.update({name: Built("own", MIB) for name in found.plan.twins})  # noqa: E731
+    monkeypatch.setattr(found, "_build", built)
+    found._load(lambda: None)
+    assert list(found.built) == list(found.plan.twins) == (list("abc") if frees else ["a"])
+    assert found.offers == {kind: "without" if frees else "with inner"}
+    assert [bool(kernel.freed) for kernel in kernels.values()] == [frees] * 3
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_was_built_before_stays_when_a_copy_fails(two: tuple[Group, list[Life]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not compared again: vLLM's weight may be gone."""
+    group, lives = two
+    compared: list[str] = []
+    for found in lives:
+        a = found.kernels["a"]
+        a.own, a.twin, a.freed, a.route = object(), None, MIB, [0, Path.INT4]  # type: ignore[assignment]
+        found.built = {"a": Built("own", MIB)}
+        found.plan = Plan("soft", found.plan.budget, {n: o for n, o in found.plan.twins.items() if n != "a"}, {})
+    monkeypatch.setattr(own, "agrees", lambda kernel: compared.append(kernel.place[1]) or kernel.place[1] != "c")
+    group.run(lives)
+    for found in lives:
+        assert found.built["a"] == Built("own", MIB)
+        assert found.kernels["a"].own is not None
+        assert found.kernels["c"].own is None
+    assert "a" not in compared
+
+
+@pytest.mark.parametrize(("request_", "left"), [("fp8-row", ["fp8-row"]), ("fp8-exact", []), ("fp8", ["fp8-row"])])
+def test_without_a_copy_8_bit_twins_come_from_the_dense_weight(
+    request_: str, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twinweight.engines.vllm import life as module
+
+    found, kernel = life(), SimpleNamespace(inner=object())
+    found.config = Config("soft", dtype=request_)
+    kinds = {"fp8": ["fp8-row", "fp8-exact"]}.get(request_, [request_])
+    monkeypatch.setattr(module.measure, "shape_of", lambda kernel: None)
+    monkeypatch.setattr(module, "lossy_kinds", lambda shape, request: (list(kinds), []))
+    for copy, expected in ((True, kinds), (False, left)):
+        monkeypatch.setattr(own, "can_have", lambda kernel, copy=copy: copy)
+        twins, reasons = found._kinds(kernel)  # type: ignore[arg-type]
+        assert twins == expected
+        gone = [kind for kind in kinds if kind not in expected]
+        assert reasons == [f"{kind}: the int4 weight cannot be read back from object" for kind in gone]
+
+
+@pytest.mark.parametrize(
+    ("invariant", "offloaded", "elastic", "why"),
+    [
+        (False, 0, False, None),
+        (True, 0, False, "VLLM_BATCH_INVARIANT"),
+        (False, 4, False, "no room for twins"),
+        (False, 0, True, "elastic expert parallelism"),
+    ],
+)
+def test_servers_in_which_there_are_no_twins(
+    invariant: bool, offloaded: int, elastic: bool, why: str | None, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    import vllm.envs
+
+    monkeypatch.setattr(vllm.envs, "VLLM_BATCH_INVARIANT", invariant, raising=False)
+    offload = SimpleNamespace(uva=SimpleNamespace(cpu_offload_gb=offloaded), prefetch=SimpleNamespace(offload_group_size=0))
+    config = SimpleNamespace(offload_config=offload, parallel_config=SimpleNamespace(enable_elastic_ep=elastic))
+    assert compat.allows_twins(config) is (why is None)
+    assert (why is None) == (caplog.text == "")
+    assert (why or "") in caplog.text
+
+
 @pytest.mark.usefixtures("alone")
 def test_only_what_is_really_there_counts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """An 8-bit twin of a weight that cannot be read back is not."""
     found = life()
     forms = {"a": "bfloat16", "b": "fp8-exact"}
     found.plan = Plan("soft", Budget(1 << 30, 1 << 30), {n: TwinOption(form, 9 * MIB, 1.0) for n, form in forms.items()}, {})
+    found.built = {}
 
     def fill(kernel: Any) -> None:
         if kernel is found.kernels["b"]:
@@ -363,6 +474,7 @@ def test_only_what_is_really_there_counts(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_ranks_keep_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
     found = life()
+    found.built = {}
     mine, theirs = {"a": "own+bfloat16", "b": "own", "c": "bfloat16"}, {"a": "own+bfloat16", "c": "bfloat16"}
     sizes = {"a": 5, "c": 6}
     monkeypatch.setattr(compat, "gather", lambda value: [value, theirs if "b" in value else sizes])
@@ -552,7 +664,7 @@ def test_all_twins_share_one_pool_and_those_after_the_last_that_fits_stay_int4(m
     monkeypatch.setattr(own, "held_bytes", lambda kernel: 5)
     monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
     options = {name: TwinOption("bfloat16", MIB, saved) for name, saved in (("a", 1.0), ("b", 3.0), ("c", 2.0))}
-    found.plan = Plan("soft", Budget(1 << 30, 1 << 30), options, {})
+    found.plan, found.built = Plan("soft", Budget(1 << 30, 1 << 30), options, {}), {}
     found._build()
     assert found.built == {name: Built("bfloat16", 5) for name in "bc"}
     assert len(entered) == 1

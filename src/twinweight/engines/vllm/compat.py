@@ -83,13 +83,14 @@ def allows_twins(vllm_config: Any) -> bool:
     import vllm.envs as envs
 
     offload = vllm_config.offload_config
-    if envs.VLLM_BATCH_INVARIANT:
-        log.warning("VLLM_BATCH_INVARIANT=1: a path chosen by the number of rows cannot keep it, Twinweight stays off")
-    elif offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0:
-        log.warning("weights are offloaded to the CPU, so there is no room for twins: Twinweight stays off")
-    else:
-        return True
-    return False
+    reasons = {
+        "VLLM_BATCH_INVARIANT=1, which a choice by rows cannot keep": envs.VLLM_BATCH_INVARIANT,
+        "no room for twins, as weights are offloaded": offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size,
+        "elastic expert parallelism moves weights": getattr(vllm_config.parallel_config, "enable_elastic_ep", False),
+    }
+    if found := [why for why, holds in reasons.items() if holds]:
+        log.warning("%s: Twinweight stays off", found[0])
+    return not found
 
 
 def wrap(worker: Any, name: str, around: Callable[..., Any]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from twinweight import cache
+from twinweight import cache, twin
 from twinweight.engines.vllm import build, compat, heads, measure, metrics, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
@@ -80,8 +80,10 @@ class Life:
             self.offers = self._offers()
             self.plan = self._plan()
             self._build()
-            if self._frees:
-                spare.free(self.worker, [self.kernels[name] for name in self.built])
+            while self._frees and spare.free(self.worker, [self.kernels[name] for name in self.built]):
+                before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
+                self._build()
+                self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
             heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
         return result
@@ -104,7 +106,7 @@ class Life:
         return found or {}
 
     def _plan(self) -> Plan:
-        """The same on every rank: times are rank 0's and the budget is the least of all."""
+        """For layers that have nothing yet. The same on every rank: times are rank 0's and the budget is the least of all."""
         layers = self._one_of_each().values()
         transient = max((build.transient_bytes(k.n, k.k, lossy=bool(self._lossy(k))) for k in layers), default=0)
         widest = max((max(k.n, k.k) for k in self.kernels.values()), default=0)
@@ -116,7 +118,7 @@ class Life:
         floor, unknown = (self.floor.nbytes, self.config.kv_floor is None) if fixed is None else (fixed, False)
         own = compat.budget(self.worker, floor, transient, reserves, kv_unknown=unknown)
         budget = min(compat.gather(own), key=lambda b: b.for_twins)
-        kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items()}
+        kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items() if name not in self.built}
         return plan(kinds, budget, self.offers, self.workload, self.config.mode)
 
     def _offers(self) -> dict[Kind, measure.Offered]:
@@ -143,8 +145,9 @@ class Life:
     def _kinds(self, kernel: TwinLinearKernel) -> tuple[list[str], list[str]]:
         """Of the 8-bit kinds of twins asked for: those that a layer can have, and why not the others."""
         found, reasons = lossy_kinds(measure.shape_of(kernel), self.config.dtype)
-        if found and not own.can_have(kernel):
-            return [], [f"{', '.join(found)}: the int4 weight cannot be read back from {type(kernel.inner).__name__}"]
+        if not own.can_have(kernel) and (unreadable := [kind for kind in found if kind not in twin.FROM_DENSE]):
+            reasons += [f"{', '.join(unreadable)}: the int4 weight cannot be read back from {type(kernel.inner).__name__}"]
+            found = [kind for kind in found if kind not in unreadable]
         return found, reasons
 
     def _lossy(self, kernel: TwinLinearKernel) -> list[str]:
@@ -156,13 +159,14 @@ class Life:
         return offered.route(next(f for f in offered.forms if f.name == name))
 
     def _build(self) -> None:
-        """Build what is planned; without the copies that cannot be had, by another plan."""
-        before = compat.memory_in_use(self.worker)
+        """Build what is planned, besides what there is; without the copies that cannot be had, by another plan."""
+        before, earlier = compat.memory_in_use(self.worker), self.built
         while lost := self._lost(self._ranked()):
             telling.without_copies(self, lost)
-            for name, kernel in self.kernels.items():
-                kernel.copyable &= name not in lost
-                kernel.drop()
+            self.built = earlier
+            for name in self.kernels.keys() - earlier.keys():
+                self.kernels[name].copyable &= name not in lost
+                self.kernels[name].drop()
             self._give_back()
             self.offers = self._offers()
             self.plan = self._plan()
@@ -202,7 +206,7 @@ class Life:
 
     def _wrong(self) -> dict[str, str]:
         """Compile what own copies need: the layers for which our kernels compute something else on this GPU."""
-        copies = {name: kernel for name in self.built if (kernel := self.kernels[name]).own is not None}
+        copies = {n: kernel for n in self.built if (kernel := self.kernels[n]).own is not None and not kernel.freed}
         tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
         own.compile_paths(tried.values(), compat.chunk(self.worker))
         wrong = {kind for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
@@ -215,7 +219,7 @@ class Life:
         for name in forms.keys() - common.keys():
             self.kernels[name].drop()
         sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
-        self.built = {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
+        self.built = self.built | {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
 
     def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool]) -> list[Wanted]:
         """Those of (name, form) that were made before memory ran out, if it did; others stay int4."""

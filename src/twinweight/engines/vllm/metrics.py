@@ -32,7 +32,7 @@ _GAUGES = {
     "twins": ("twinweight_twins", "Linear weights of this rank that have a twin."),
     "copies": ("twinweight_copies", "Linear weights of this rank that have an int4 copy of ours."),
     "missed": ("twinweight_missed", "Linear weights of this rank that were to have a twin or a copy and have none."),
-    "bytes": ("twinweight_bytes", "Bytes of twins and copies on this rank."),
+    "bytes": ("twinweight_bytes", "Bytes of twins and copies on this rank, beyond what was freed for them."),
     "kv_tokens": ("twinweight_kv_tokens_given_up", "KV-cache tokens that would fit in the place of twins and copies."),
 }
 _CALLS = (

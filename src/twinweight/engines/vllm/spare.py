@@ -34,14 +34,17 @@ def is_spare(kernel: TwinLinearKernel) -> bool:
     return kernel.own is not None and kernel.twin is None and not {Path.INNER, Path.TWIN} & set(kernel.route[1::2])
 
 
-def free(worker: Any, kernels: Iterable[TwinLinearKernel]) -> None:
-    """Free the weights that are spare. From then on the worker refuses what would read or write them."""
+def free(worker: Any, kernels: Iterable[TwinLinearKernel]) -> int:
+    """Free the weights that are spare, and still there. From then on the worker refuses what would read or write them. Returns
+    the bytes.
+    """
     before = compat.memory_in_use(worker)
-    freed = sum(free_one(kernel) for kernel in kernels if is_spare(kernel))
+    freed = sum(free_one(kernel) for kernel in kernels if is_spare(kernel) and not kernel.freed)
     compat.charge(worker, compat.memory_in_use(worker) - before)
     if freed:
         for name in _WANT_WEIGHTS:
             compat.wrap(worker, name, _refuse)
+    return freed
 
 
 def free_one(kernel: TwinLinearKernel) -> int:
