@@ -40,6 +40,7 @@ def test_a_workload_is_prompt_lengths_or_what_a_server_saw(tmp_path: Path) -> No
 
 def test_a_field_may_be_null() -> None:
     assert resolve({"twinweight": {"mode": "soft", "kv_floor": None, "reload": None}}, {}) == Config("soft")
+    assert resolve({"twinweight": {"mode": None, "dtype": None}}, {}) == Config()
 
 
 @pytest.mark.parametrize(("given", "found"), [(False, False), ("0", False), ("False", False), (True, True), ("1", True)])

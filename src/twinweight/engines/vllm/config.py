@@ -103,13 +103,13 @@ def resolve(additional: object, environ: Mapping[str, str]) -> Config:
 
 
 def _checked(name: str, value: object, where: str) -> object:
+    if value is None:
+        return _DEFAULTS[name]
     if name in _CHOICES:
         try:
             return _CHOICES[name](value)  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
-    if value is None:
-        return _DEFAULTS[name]
     if name == "reload":
         return _switch(value, where)
     if name == "workload":
