@@ -71,6 +71,20 @@ def test_hard_raises_with_the_arithmetic_and_three_levers() -> None:
     assert text.count("(up to") == 3
 
 
+def test_what_is_short_counts_what_the_rest_lacks_too() -> None:
+    """1 GiB is free and 3 are kept: a twin of 2 GiB lacks 4, and settings that hold nothing would free nothing."""
+    b = Budget(total=1 << 30, free=1 << 30, utilization=1.0, kv_floor=3 << 30)
+    with pytest.raises(BudgetError) as caught:
+        choose([candidate("a", ("bfloat16", 2 << 30, 1.0))], b, "hard")
+    assert caught.value.missing == 4 << 30
+    text = str(caught.value)
+    assert "4.000 GiB short; lower the KV floor (up to 3.00 GiB); use mode soft or off (up to 2.00 GiB)" in text
+    assert "0.00 GiB" not in text.split("short")[1]
+    assert "left for twins -2.000 GiB" in " ".join(text.split())
+    assert b.for_twins == 0
+    assert Budget(1, 1, 1.0, kv_floor=2).levers(0) == "0.000 GiB short"
+
+
 @pytest.mark.parametrize("value", ["on", "", "SOFT"])
 def test_modes_are_checked(value: str) -> None:
     with pytest.raises(ConfigError, match="off, soft, hard"):
@@ -274,7 +288,7 @@ def test_hard_gives_a_twin_to_all_that_pay_or_raises(weights: list[TwinCandidate
     if least > b.for_twins:
         with pytest.raises(BudgetError) as caught:
             choose(weights, b, "hard")
-        assert caught.value.missing == least - b.for_twins
+        assert caught.value.missing == least - b.left
     else:
         found = choose(weights, b, "hard")
         assert list(found.twins) == paying

@@ -122,9 +122,14 @@ class Budget:
         return max(0, self.free - self.untouchable)
 
     @property
+    def left(self) -> int:
+        """What is left of `free` by the arithmetic; below 0 where the rest alone is too much."""
+        return self.kv_bytes(0) - self.kv_floor - self.transient
+
+    @property
     def for_twins(self) -> int:
         """What twins may use: the spendable bytes less the KV floor, the reserves and the transient of building one."""
-        return max(0, self.spendable - self.kv_floor - self.transient - sum(n for _, n in self.reserves))
+        return max(0, self.left)
 
     def kv_bytes(self, twin_bytes: int) -> int:
         """What is left for the KV cache beside twins; below 0 where weights and reserves alone are too much."""
@@ -152,16 +157,16 @@ class Budget:
             ("KV floor", -self.kv_floor),
             *((f"reserve for {name}", -nbytes) for name, nbytes in self.reserves),
             ("peak of building a twin", -self.transient),
-            ("left for twins", self.for_twins),
+            ("left for twins", self.left),
             ("all twins need", wanted),
         ]
         return "\n".join(f"  {label:<58}{nbytes / GIB:>10.3f} GiB" for label, nbytes in rows)
 
     def levers(self, wanted: int, more: Sequence[tuple[int, str]] = (), mode: Mode = "hard", short: int | None = None) -> str:
-        """The three settings that would make room, biggest first. more: others, with the bytes that each could free.
-        short: what is missing, where twins are not the reason.
+        """The three settings that would make room, biggest first, and none that frees nothing. more: others, with the bytes
+        that each could free. short: what is missing, where twins are not the reason.
         """
-        short = wanted - self.for_twins if short is None else short
+        short = wanted - self.left if short is None else short
         options = [
             *more,
             (self.untouchable, "raise utilization"),
@@ -171,8 +176,8 @@ class Budget:
         ]
         held = max(0, self.total - self.free - self.weights - self.untouchable)
         options.append((held, "free memory that other processes or models hold"))
-        ranked = sorted(options, reverse=True)[:3]
-        return f"{short / GIB:.3f} GiB short; " + "; ".join(f"{what} (up to {n / GIB:.2f} GiB)" for n, what in ranked)
+        ranked = [f"{what} (up to {n / GIB:.2f} GiB)" for n, what in sorted(options, reverse=True)[:3] if n / GIB >= 0.005]
+        return "; ".join([f"{short / GIB:.3f} GiB short", *ranked])
 
 
 @dataclass(frozen=True)
@@ -302,7 +307,7 @@ def choose(candidates: Sequence[TwinCandidate], budget: Budget, mode: Mode, most
         if wanted > budget.for_twins:
             raise BudgetError(
                 f"mode hard: {len(paying)} twins do not fit\n{budget.arithmetic(wanted)}\n{budget.levers(wanted)}",
-                missing=wanted - budget.for_twins,
+                missing=wanted - budget.left,
             )
     shapes: dict[tuple[TwinOption, ...], list[str]] = {}
     for name, options in paying:

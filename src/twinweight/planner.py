@@ -170,7 +170,7 @@ def _mode(
         "twins": sum(o.is_twin for o in built), "copies": sum(OWN in o.name.split("+") for o in built),
         "weights": len(rank.weights), "twin_bytes": found.twin_bytes,
         "kv_tokens": kv // rank.kv_bytes_per_token if rank.kv_bytes_per_token else 0, "kv_bytes": kv, "fits": fits,
-        "missing_bytes": max(0, found.twin_bytes - budget.for_twins) if starts else short,
+        "missing_bytes": 0 if fits else found.twin_bytes - budget.left if starts else short,
     }  # fmt: skip
     return result, found, says
 

@@ -209,8 +209,7 @@ def _budget(
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
     scratch = max((scratch_bytes(s.n, s.k, dtype, device) for s in layout.shapes.values()), default=0)
     kept = (("scratch of stream", scratch),)
-    free = max(0, memory.free - weights - dense)
-    return Budget(memory.total, free, utilization, TILE_BYTES, reserve, kept, weights + dense)
+    return Budget(memory.total, memory.free - weights - dense, utilization, TILE_BYTES, reserve, kept, weights + dense)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
