@@ -163,6 +163,13 @@ def test_what_is_short_is_said_where_weights_alone_are_too_much() -> None:
         assert "use mode soft" not in found["verdicts"][mode]
 
 
+@pytest.mark.parametrize("mode", ["off", "soft", "hard"])
+def test_more_gpus_halve_twins_only_where_twins_are_short(mode: str) -> None:
+    found = plan_model("llama-3.3-70b", Request("RTX 4090", kv_floor=4096))
+    halved = (found["budget"]["weights"] + found["budget"]["KV floor"]) / 2 / GIB
+    assert f"twice as many GPUs (--tp) (up to {halved:.2f} GiB)" in found["verdicts"][mode]
+
+
 @pytest.mark.parametrize(
     ("options", "floor"),
     [

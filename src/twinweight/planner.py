@@ -150,7 +150,7 @@ def _mode(
     starts = short <= 0
     says, fits = "", starts
     found = Plan(mode, budget, {}, {})
-    halved = (budget.weights + budget.kv_floor + wanted) // 2
+    halved = (budget.weights + budget.kv_floor + (wanted if starts else 0)) // 2  # without a start no twin is what is short
     others = [(halved, "twice as many GPUs (--tp)")]
     levers = budget.levers(wanted, others, mode) if starts else budget.levers(0, others, "soft", short)
     try:
