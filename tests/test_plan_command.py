@@ -65,6 +65,16 @@ def test_a_mode_that_does_not_fit_fails_with_the_arithmetic(run: Command) -> Non
     assert run(*large, "soft")[0] == 0
 
 
+def test_a_mode_is_shown_alike_alone_and_with_the_others(run: Command) -> None:
+    for ask in (("llama-3.1-8b", "--kv-floor", 32768), ("llama-3.1-8b",), ("llama-3.3-70b",)):
+        rows = []
+        for options in ((), ("--mode", "hard")):
+            _, out, _ = run("plan", ask[0], "--gpu", "rtx4090", *ask[1:], *options)
+            rows.append([line for line in out.splitlines() if line.startswith("hard ")])
+        assert rows[0][-1:] == rows[1][-1:]
+        assert len(rows[1]) == 1
+
+
 def test_counters_of_a_server_decide(run: Command, tmp_path: Path) -> None:
     (tmp_path / "decode").write_text('twinweight_calls_total{path="int4",rows="8"} 1000\n')
     (tmp_path / "mixed.json").write_text('{"calls": {"int4": {"8": 1000}, "twin": {"2048": 10}}}')

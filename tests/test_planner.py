@@ -161,6 +161,9 @@ def test_what_is_short_is_said_where_weights_alone_are_too_much() -> None:
     for mode, its in (("off", off), ("hard", hard)):
         assert f"{its['missing_bytes'] / 2**30:.3f} GiB short" in found["verdicts"][mode]
         assert "use mode soft" not in found["verdicts"][mode]
+        usable = (lines["total"] - lines["kept free"]) / GIB
+        weights = f"the weights do not fit: {lines['weights'] / GIB:.2f} of {usable:.2f} GiB\n"
+        assert found["verdicts"][mode].startswith(weights)
 
 
 @pytest.mark.parametrize("mode", ["off", "soft", "hard"])

@@ -12,7 +12,7 @@ from twinweight.checkpoint import read_json
 from twinweight.engines.vllm.config import Config
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, TwinweightError
 from twinweight.gpus import Gpu
-from twinweight.plan import Budget, Mode, Plan, plan
+from twinweight.plan import GIB, Budget, Mode, Plan, plan
 from twinweight.roofs import roof_by_name
 from twinweight.sharding import Kind, Rank, shard
 from twinweight.workload import Workload
@@ -160,7 +160,10 @@ def _mode(
                 says = f"{len(found.missed)} of {len(paying)} twins do not fit\n{budget.arithmetic(wanted)}\n{levers}"
         else:
             beside = "beside the scratch of stream" if mode != "off" and short <= reserved else "twins or none"
-            says = f"the KV floor does not fit, {beside}\n{budget.arithmetic(0 if mode == 'off' else wanted)}\n{levers}"
+            usable = budget.total - budget.untouchable
+            weights = f"the weights do not fit: {budget.weights / GIB:.2f} of {usable / GIB:.2f} GiB"
+            what = weights if budget.weights > usable else f"the KV floor does not fit, {beside}"
+            says = f"{what}\n{budget.arithmetic(0 if mode == 'off' else wanted)}\n{levers}"
     except BudgetError:
         fits = False
         says = f"not all of {len(paying)} twins fit\n{budget.arithmetic(wanted)}\n{levers}"
