@@ -93,7 +93,7 @@ def bench(
     and a loss for `tpot` (on / off). `noise` holds the same ratios of off against itself, its even repeats over its odd ones.
     Raises ConfigError where the model has no place for so many tokens, or the memory that is free none for their KV cache.
     """
-    _check_room(model, work)
+    check_room(model, work)
     arms = {"off": _Arm(), "on": _Arm()} | ({"dense": _Arm()} if dense else {})
     began, done = time.perf_counter(), 0
     for repeat in range(-warmup, repeats):
@@ -122,7 +122,8 @@ def bench(
     }  # fmt: skip
 
 
-def _check_room(model: PreTrainedModel, work: Workload) -> None:
+def check_room(model: PreTrainedModel, work: Workload) -> None:
+    """Raise ConfigError where the model has no place for so many tokens, or the memory that is free none for them."""
     prompt = make_inputs(model, replace(work, batch=1), seed=0)["input_ids"].shape[1]
     text, tokens = model.config.get_text_config(), prompt + work.output_tokens
     longest = getattr(text, "max_position_embeddings", None) or tokens

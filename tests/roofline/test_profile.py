@@ -45,6 +45,7 @@ def test_profile_then_roofline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (["--engine", "vllm", "--engine-args", "[]"], "--engine-args"),
         (["--engine", "vllm", "--engine-args", "{"], "--engine-args is not JSON"),
         (["--engine", "vllm", "--device", "cpu"], "takes no --device"),
+        (["--device", "cpu", "--prompt-tokens", "5000"], "are more than the model's"),
     ],
 )
 def test_bad_settings(tmp_path: Path, arguments: list[str], message: str) -> None:

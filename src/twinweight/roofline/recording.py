@@ -30,12 +30,13 @@ class Recipe:
 def record(model: PreTrainedModel, recipe: Recipe, out: Path, step: Callable[[str], None] | None = None) -> dict[str, Path]:
     """Write out/off.json.gz and out/on.json.gz, with shapes and with labels where prefill and each decode step begin.
 
-    Returns the file of each arm. Raises ConfigError where `out` cannot be written.
+    Returns the file of each arm. Raises ConfigError where `out` cannot be written, and what `bench.check_room` raises.
     """
-    from twinweight.bench import Workload, make_inputs
+    from twinweight.bench import Workload, check_room, make_inputs
     from twinweight.twins import twins_in_use
 
     work = Workload(recipe.prompt_tokens, recipe.output_tokens, recipe.batch)
+    check_room(model, work)
     written = {}
     for arm in ARMS:
         if step is not None:
