@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from twinweight import cli
+from twinweight.report import workload_line
 
 ASK = ("plan", "llama-3.2-1b", "--gpu", "rtx4090", "--max-model-len", 8192)
 
@@ -79,11 +80,22 @@ def test_counters_of_a_server_decide(run: Command, tmp_path: Path) -> None:
     (tmp_path / "decode").write_text('twinweight_calls_total{path="int4",rows="8"} 1000\n')
     (tmp_path / "mixed.json").write_text('{"calls": {"int4": {"8": 1000}, "twin": {"2048": 10}}}')
     twins = {}
-    for name in ("decode", "mixed.json"):
-        code, _, err = run(*ASK, "--from-metrics", tmp_path / name, "--json", tmp_path / "out.json")
+    said = {"decode": "8 rows 100 %", "mixed.json": "8 rows 99 %, 2,048 rows 0.99 %"}
+    for name, shares in said.items():
+        code, out, err = run(*ASK, "--from-metrics", tmp_path / name, "--json", tmp_path / "out.json")
         assert code == 0, err
+        text = "".join(out.split())  # folded at 80 columns
+        assert f"workload from {tmp_path / name}: {shares}".replace(" ", "") in text
+        refusal = f"no twin saves time in calls of these sizes, those of {tmp_path / name}".replace(" ", "")
+        assert (refusal in text) == (name == "decode")
         twins[name] = json.loads((tmp_path / "out.json").read_text())["modes"]["soft"]["twins"]
     assert twins == {"decode": 0, "mixed.json": 64}
+
+
+def test_a_workload_of_many_sizes_is_one_line() -> None:
+    assert workload_line("seen.txt", [[1, 0.25], [2048, 0.75]]) == "workload from seen.txt: 1 row 25 %, 2,048 rows 75 %"
+    many = [[2**i, 0.05 if i < 4 else 0.16] for i in range(9)]
+    assert workload_line("f", many).endswith("256 rows 16 %, 3 other sizes 15 %")
 
 
 def test_errors_are_one_message(run: Command, tmp_path: Path) -> None:

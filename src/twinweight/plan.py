@@ -43,7 +43,7 @@ def check_mode(value: str) -> Mode:
     raise ConfigError(f"mode is {value!r}, expected one of {', '.join(get_args(Mode))}")
 
 
-_NONE_PAYS = "no twin saves time in calls of these sizes"
+NONE_PAYS = "no twin saves time in calls of these sizes"
 _CALLED = {True: ("twin", "twins"), False: ("int4 copy", "int4 copies")}
 
 
@@ -228,7 +228,7 @@ def plan(weights: Mapping[str, Kind], budget: Budget, crossovers: Mapping[Kind, 
     counts = Counter(weights.values())
     options = {kind: crossovers[kind].options(workload) for kind in counts}
     if not any(o.saved_us > 0 for found in options.values() for o in found):
-        return Plan(mode, budget, {}, {}, refused=_NONE_PAYS)
+        return Plan(mode, budget, {}, {}, refused=NONE_PAYS)
     if (times := _served(counts, crossovers, workload)) is not None:
         without, saved = (math.fsum(n * times[kind][i] for kind, n in counts.items()) for i in (0, 1))
         share = f"twins would save {saved / without:.1%} of the linear layers' time in the calls they serve"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from twinweight.plan import NONE_PAYS
 from twinweight.table import Report, Table, gib, per_item
 
 Row = tuple[str, ...]
@@ -165,6 +166,7 @@ def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
             rows.append((mode, twins, gib(found["twin_bytes"]), f"{found['kv_tokens']:,}", speed, fits))
     modes = Table("", ("mode", "twins", "twins (GiB)", "KV tokens", "prefill (tok/s)", "fits"), tuple(rows))
     lines = [
+        *([workload_line(result["workload_from"], result["workload"])] if "workload_from" in result else []),
         f"prefill in steps of {result['max_num_batched_tokens']:,} tokens; decode reads int4 in every mode: at most "
         f"{result['decode_tok_s_bound']:,.0f} tok/s for one sequence by bandwidth",
         _SPEED[result["speed"]["source"]],
@@ -173,10 +175,25 @@ def plan_table(result: dict[str, Any], only: str | None = None) -> Report:
     verdicts = [f"{mode}: {text}" for mode, text in result["verdicts"].items() if only is None and mode != "hard"]
     if only is None and "hard" in result["verdicts"] and "soft" not in result["verdicts"]:
         verdicts.append(f"hard: {result['verdicts']['hard']}")
-    refused = [f"{mode}: {text}" for mode, text in result["refused"].items() if only in (None, mode)]
+    sizes = f", those of {result['workload_from']}" if "workload_from" in result else ""
+    refused = [
+        f"{mode}: {text}{sizes if text == NONE_PAYS else ''}"
+        for mode, text in result["refused"].items()
+        if only in (None, mode)
+    ]
     return Report((budget, modes, *verdicts, *refused, *lines))
 
 
+def workload_line(source: str, calls: list[list[float]]) -> str:
+    """Rows of calls and their shares, the most frequent by ascending rows, and what the others are together."""
+    most = sorted(sorted(calls, key=lambda call: -call[1])[:_SIZES])
+    parts = [f"{rows:,} row{'s' if rows != 1 else ''} {share * 100:.3g} %" for rows, share in most]
+    if len(calls) > _SIZES:
+        parts.append(f"{len(calls) - _SIZES} other sizes {(1 - sum(share for _, share in most)) * 100:.3g} %")
+    return f"workload from {source}: {', '.join(parts)}"
+
+
+_SIZES = 6  # of a workload that are told one by one
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 

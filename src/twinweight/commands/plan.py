@@ -45,7 +45,8 @@ def plan(
     check_files(json_file, html=html_file, plot=plot)
     workload = read(from_metrics, max_num_batched_tokens) if from_metrics is not None else None
     ask = planner.Request(gpu, tp, utilization, max_model_len, kv_floor, max_num_batched_tokens, max_num_seqs, workload)
-    result = stamp(planner.plan_model(model, ask))
+    seen = {"workload_from": str(from_metrics)} if from_metrics is not None else {}
+    result = stamp(planner.plan_model(model, ask) | seen)
     out.print(plan_table(result, chosen))
     if plot is not None:
         plots.plan_plot(result, plot)
