@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinweight.errors import CheckpointError, UnsupportedError
+from twinweight.errors import CheckpointError, UnsupportedError, reason
 from twinweight.safetensors_file import TensorInfo, copy_tensor, read_header, read_tensor
 
 __all__ = ["Checkpoint", "TensorInfo", "read_json"]
@@ -46,7 +46,7 @@ class Checkpoint:
         """
         directory = Path(path)
         if not directory.is_dir():
-            raise CheckpointError(file=directory, expected="a local model directory", found=f"none at {directory}")
+            raise CheckpointError(file=directory, expected="a local model directory", found="none")
         config = read_json(directory / "config.json")
         index = _find_index(directory)
         weight_map = _read_index(index) if index else {}
@@ -101,7 +101,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(file=file, expected=f"{file.name} in the model directory", found="none") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(file=file, expected="a JSON object", found=str(error)) from error
+        raise CheckpointError(file=file, expected="a JSON object", found=reason(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(file=file, expected="a JSON object", found=type(content).__name__)
     return content

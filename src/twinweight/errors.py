@@ -1,5 +1,6 @@
 """The errors Twinweight raises, all below `TwinweightError`. Each says what was expected and what was found."""
 
+import json
 from pathlib import Path
 
 
@@ -12,14 +13,14 @@ class ConfigError(TwinweightError):
 
 
 class CheckpointError(TwinweightError):
-    """A checkpoint is damaged or inconsistent: names the file, the tensor, what was expected and what was found."""
+    """A checkpoint is damaged or inconsistent: names the file as it was given, the tensor, what was expected and found."""
 
     def __init__(self, *, expected: str, found: str, file: str | Path | None = None, tensor: str | None = None) -> None:
         self.file = Path(file) if file is not None else None
         self.tensor = tensor
         self.expected = expected
         self.found = found
-        where = [f"file {self.file.name}" if self.file else "", f"tensor {tensor}" if tensor else ""]
+        where = [f"file {self.file}" if self.file else "", f"tensor {tensor}" if tensor else ""]
         super().__init__(f"{', '.join(w for w in where if w) or 'checkpoint'}: expected {expected}, found {found}")
 
 
@@ -37,3 +38,14 @@ class BudgetError(TwinweightError):
     def __init__(self, message: str, *, missing: int) -> None:
         self.missing = missing
         super().__init__(message)
+
+
+def reason(error: Exception) -> str:
+    """Why a file, which the message names already, could not be read or parsed."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"invalid JSON (line {error.lineno} column {error.colno}: {error.msg})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"bytes that are not UTF-8 (from byte {error.start})"
+    if isinstance(error, RecursionError):
+        return "JSON that is nested too deep"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinweight.errors import CheckpointError, UnsupportedError
+from twinweight.errors import CheckpointError, UnsupportedError, reason
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -72,12 +72,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(file=file, expected="a safetensors file of 8 bytes or more", found=f"{size} bytes")
         (length,) = struct.unpack("<Q", head)
         if length > min(size - 8, _MAX_HEADER):
+            if length > _MAX_HEADER or f.read(1) not in (b"{", b""):
+                raise CheckpointError(file=file, expected="a safetensors header", found="not a safetensors file")
             raise CheckpointError(file=file, expected=f"a header of {length} bytes", found=f"a file of {size} bytes")
         raw = f.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, file))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(file=file, expected="a JSON header", found=str(error)) from error
+        raise CheckpointError(file=file, expected="a JSON header", found=reason(error)) from error
     if not isinstance(header, dict):
         raise CheckpointError(file=file, expected="a JSON object as header", found=type(header).__name__)
     start = 8 + length

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinweight.errors import ConfigError
+from twinweight.errors import ConfigError, reason
 
 DEFAULT_ROWS = 2048
 """A prefill of this many rows stands for a workload that nobody described."""
@@ -81,7 +81,7 @@ def from_metrics(file: Path, chunk: int | None = None) -> Workload:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read metrics from {file}: {error}") from error
+        raise ConfigError(f"cannot read metrics from {file}: {reason(error)}") from error
     if text.lstrip().startswith("{"):
         counts = _json_counts(text, file)
     else:

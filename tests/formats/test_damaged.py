@@ -111,7 +111,8 @@ def test_damage(
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
         read(tmp_path)
-    assert str(error.value) == f"file model.safetensors, tensor {NAME}.{leaf}: expected {expected}, found {found}"
+    where = f"file {tmp_path / 'model.safetensors'}, tensor {NAME}.{leaf}"
+    assert str(error.value) == f"{where}: expected {expected}, found {found}"
 
 
 @pytest.mark.parametrize("write", [CT, GPTQ, AWQ])
@@ -126,8 +127,8 @@ def test_group_size_that_does_not_divide_k(write: Callable[..., None], tmp_path:
     with pytest.raises(UnsupportedError) as error:
         fmt.check(NAME, (N, 96))
     leaf = "weight_packed" if write is CT else "qweight"
-    expected = f"file model.safetensors, tensor {NAME}.{leaf}: expected K a multiple of the group size 128, found K = 96"
-    assert str(error.value) == expected
+    where = f"file {tmp_path / 'model.safetensors'}, tensor {NAME}.{leaf}"
+    assert str(error.value) == f"{where}: expected K a multiple of the group size 128, found K = 96"
 
 
 def test_another_shape_than_the_model_wants(tmp_path: Path) -> None:

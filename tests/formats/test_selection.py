@@ -125,7 +125,7 @@ def test_config_and_file_disagree(key: str, tmp_path: Path) -> None:
     write(tmp_path, {}, modules, dense(*plain), quantization=quantization)
     with pytest.raises(CheckpointError) as error:
         opened(tmp_path).is_quantized(Q)
-    assert f"file model.safetensors, tensor {tensor}: expected " in str(error.value)
+    assert f"file {tmp_path / 'model.safetensors'}, tensor {tensor}: expected " in str(error.value)
     assert ", found " in str(error.value)
 
 
