@@ -22,6 +22,7 @@ from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
 from twinweight.engines.head import flatten_head
 from twinweight.engines.layout import Layout, dense_bytes, lay_out, stored_tensors
+from twinweight.engines.variables import warn_of_others
 from twinweight.errors import CheckpointError, ConfigError, UnsupportedError
 from twinweight.formats import fusion
 from twinweight.kernels import backend_for
@@ -69,6 +70,7 @@ def load(
     Raises CheckpointError or UnsupportedError for a checkpoint that cannot be run, BudgetError where mode "hard" does not
     fit, ConfigError for a bad argument. Nothing half-loaded stays.
     """
+    warn_of_others(os.environ)
     chosen = modes.from_environment(os.environ) if mode is None else check_mode(mode)
     request = twin.request(twin_dtype)
     if kv_floor is not None and (not isinstance(kv_floor, int) or kv_floor < 0):

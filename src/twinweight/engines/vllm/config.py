@@ -67,6 +67,12 @@ _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "
 _CHOICES: Mapping[str, Callable[[str], str]] = {"mode": check_mode, "dtype": twin.check_request}
 _DEFAULTS = {f.name: f.default for f in fields(Config)}
 FIELDS = tuple(_DEFAULTS)
+VARIABLES = frozenset({_PREFIX + name.upper() for name in FIELDS} | {cache.VARIABLE})
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Those that are named like ours and are none of `VARIABLES`."""
+    return sorted(v for v in environ if v.startswith(_PREFIX) and v not in VARIABLES)
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -95,10 +101,9 @@ def resolve(additional: object, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{where}: unknown field {', '.join(map(repr, unknown))}; known: {', '.join(FIELDS)}")
     checked = {name: _checked(name, value, f"{where}[{name!r}]") for name, value in given.items()}
     config = Config(**{**from_environment(environ), **checked})
-    variables = {_PREFIX + name.upper() for name in FIELDS} | {cache.VARIABLE}
-    unknown = sorted(v for v in environ if v.startswith(_PREFIX) and v not in variables)
+    unknown = unknown_variables(environ)
     if unknown and config.mode != "off":
-        raise ConfigError(f"unknown variable {', '.join(unknown)}; known: {', '.join(sorted(variables))}")
+        raise ConfigError(f"unknown variable {', '.join(unknown)}; known: {', '.join(sorted(VARIABLES))}")
     return config
 
 
