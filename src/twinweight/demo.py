@@ -26,15 +26,21 @@ PROMPTS = (
 )
 
 
+def check_model(model_dir: Path) -> Path:
+    """The text that comes with the trained model. Raises ConfigError where there is no such model."""
+    text = model_dir / "heldout.txt"
+    if not text.exists():
+        raise ConfigError(f"no trained model at {model_dir}: run this from the repository, or name the directory (--model)")
+    return text
+
+
 def quality(model_dir: Path) -> dict[str, Any]:
     """Perplexity and greedy text of the shipped model, per arm; what 8-bit twins cost it, and what int4 itself did when it was
     quantized ("int4_cost": {"tokens", "ppl_bf16", "ppl_int4"} or None). Raises ConfigError where there is no model.
     """
     from transformers import AutoTokenizer
 
-    text = model_dir / "heldout.txt"
-    if not text.exists():
-        raise ConfigError(f"no trained model at {model_dir}: run this from the repository, or name the directory")
+    text = check_model(model_dir)
     model = load(model_dir, mode="soft", progress=False)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     found = compare(model, tokenizer, text.read_text(encoding="utf-8"), PROMPTS, kinds=tuple(twin.LOSSY))

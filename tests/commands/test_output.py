@@ -75,6 +75,15 @@ def test_the_demo_leaves_a_page(run: Command, tmp_path: Path, monkeypatch: pytes
     assert [f.name for f in (tmp_path / "bare").iterdir()] == ["demo.json"]
 
 
+def test_a_demo_without_its_model_leaves_nothing(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("demo")
+    assert (code, out) == (2, "")
+    assert "no trained model at models/stdlib-15m" in err
+    assert "(--model)" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any measurement is a failure."""

@@ -22,6 +22,7 @@ def demo(
     from twinweight import demo as demonstration
     from twinweight import pages, report
 
+    demonstration.check_model(model)
     out, page, why = Console(), build / "demo.html", ""
     try:
         check_files(html=page)
