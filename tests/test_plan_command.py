@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from twinweight import cli
+from twinweight import cli, planner
 from twinweight.report import workload_line
 
 ASK = ("plan", "llama-3.2-1b", "--gpu", "rtx4090", "--max-model-len", 8192)
@@ -96,6 +96,14 @@ def test_a_workload_of_many_sizes_is_one_line() -> None:
     assert workload_line("seen.txt", [[1, 0.25], [2048, 0.75]]) == "workload from seen.txt: 1 row 25 %, 2,048 rows 75 %"
     many = [[2**i, 0.05 if i < 4 else 0.16] for i in range(9)]
     assert workload_line("f", many).endswith("256 rows 16 %, 3 other sizes 15 %")
+
+
+def test_an_interruption_is_one_word(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planner, "plan_model", interrupted)
+    assert run(*ASK) == (130, "", "interrupted\n")
 
 
 def test_errors_are_one_message(run: Command, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line. Commands print a table; `--json` writes the same as data; errors are one message and an exit code.
 
 Exit codes: 0 done; 1 a check failed; 2 a bad argument or setting; 3 a damaged checkpoint; 4 a checkpoint that Twinweight does
-not run; 5 twins that do not fit (mode hard).
+not run; 5 twins that do not fit (mode hard); 130 interrupted (Ctrl-C).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ EXIT_CODES: tuple[tuple[type[errors.TwinweightError], int], ...] = (
     (errors.BudgetError, 5),
     (errors.TwinweightError, 1),
 )
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells say it
 
 
 def main() -> None:
@@ -50,6 +51,11 @@ def main() -> None:
     )
     try:
         app(args)
+    except (KeyboardInterrupt, SystemExit) as ended:  # typer turns the first into the second, without a word
+        if isinstance(ended, SystemExit) and ended.code != _INTERRUPTED:
+            raise
+        err.print("interrupted", highlight=False)
+        sys.exit(_INTERRUPTED)
     except (errors.TwinweightError, OSError) as error:  # OSError: a full disk behind standard output, say
         if debug:
             raise
