@@ -20,11 +20,11 @@ def roofline(
     ],
     report_by_op: Annotated[bool, typer.Option("--report-by-op", help="a row an op and shape, not only a kind")] = False,
     kind: Annotated[
-        str, typer.Option(help="ALL, gemm, w4a16, attention, moe, norm, elementwise, copy, embedding, sampling, ...")
-    ] = "ALL",
+        str, typer.Option(help="all, gemm, w4a16, attention, moe, norm, elementwise, copy, embedding, sampling, ...")
+    ] = "all",
     gpu: Annotated[str | None, typer.Option(help="the roof: H200, gfx1151, ... or measured; default: the trace's")] = None,
     gpu_table: Annotated[Path | None, typer.Option(help="a JSON file with more GPUs, as gpus.json")] = None,
-    phase: Annotated[str, typer.Option(help="prefill, decode, other or all")] = "all",
+    phase: Annotated[str, typer.Option(help="all, prefill, decode or other")] = "all",
     top: Annotated[int, typer.Option(min=1, help="rows of ops to print")] = 30,
     reference: Annotated[
         Path | None, typer.Option(help="a trace of the same model without CUDA graphs; default: NAME.eager.json beside")

@@ -28,7 +28,7 @@ def roofline(
     *,
     gpu: str | None = None,
     gpu_table: Path | None = None,
-    kind: str = "ALL",
+    kind: str = "all",
     phase: str = "all",
     top: int | None = None,
     reference: Path | None = None,
@@ -43,10 +43,10 @@ def roofline(
     """
     if not 1 <= len(traces) <= 2:
         raise ConfigError(f"{len(traces)} traces given, expected one, or two to compare")
-    wanted = kind if kind.upper() != "ALL" else "ALL"
-    if wanted not in ("ALL", *KINDS):
-        raise ConfigError(f"--kind is {kind!r}, expected ALL, {', '.join(KINDS)}")
-    if phase not in PHASES:
+    wanted, when = kind.lower(), phase.lower()
+    if wanted not in ("all", *KINDS):
+        raise ConfigError(f"--kind is {kind!r}, expected all, {', '.join(KINDS)}")
+    if when not in PHASES:
         raise ConfigError(f"--phase is {phase!r}, expected {', '.join(PHASES)}")
     if gpu_table is not None:
         gpus.load(gpu_table)  # a bad table is one whether or not a trace needs it
@@ -56,7 +56,7 @@ def roofline(
     for path in traces:
         found = [_attributed(file, reference, progress) for file in files(path)]
         device = roof or _named(found, gpu_table)
-        results.append(summarise(found, device, kind=wanted, phase=phase, top=top if len(traces) == 1 else None))
+        results.append(summarise(found, device, kind=wanted, phase=when, top=top if len(traces) == 1 else None))
     if len(results) == 1:
         return results[0]
     return {"before": results[0], "after": results[1], "diff": compare(*results)}

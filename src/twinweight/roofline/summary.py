@@ -15,7 +15,7 @@ HOW = ("launch", "graph", "name", "none")
 
 
 def summarise(
-    found: Sequence[Attributed], roof: Gpu | None, *, kind: str = "ALL", phase: str = "all", top: int | None = None
+    found: Sequence[Attributed], roof: Gpu | None, *, kind: str = "all", phase: str = "all", top: int | None = None
 ) -> dict[str, Any]:
     """The result of `roofline` for one trace, or for the ranks of one run together.
 
@@ -36,9 +36,9 @@ def summarise(
     ops = [
         {"op": op, "shape": shape, "kind": k, "phase": p, "path": path} | _row(group, time, roof)
         for (op, shape, k, p, path), group in by_op.items()
-        if kind in ("ALL", k)
+        if kind in ("all", k)
     ]
-    kinds = [{"kind": k, "phase": p} | _row(group, time, roof) for (k, p), group in by_kind.items() if kind in ("ALL", k)]
+    kinds = [{"kind": k, "phase": p} | _row(group, time, roof) for (k, p), group in by_kind.items() if kind in ("all", k)]
     ops.sort(key=lambda r: -float(r["time_us"]))
     device = next((a.device for a in found if a.device), "")
     how = {h: _share(sum(c.time for c in calls if c.how == h), total) for h in HOW}
