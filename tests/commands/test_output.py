@@ -116,9 +116,10 @@ def test_what_cannot_be_written_is_known_first(
 @pytest.mark.usefixtures("idle")
 def test_a_plot_of_an_unknown_format_is_known_first(run: Command, tmp_path: Path) -> None:
     for arguments in (("tune", MODEL), PLAN):
-        code, out, err = run(*arguments, "--plot", tmp_path / "x.doc")
-        assert (code, out) == (2, "")
-        assert "expected .png, .svg or .pdf" in err
+        for name in ("x.doc", "x.gif", "x"):
+            code, out, err = run(*arguments, "--plot", tmp_path / name)
+            assert (code, out) == (2, "")
+            assert "expected .png, .svg or .pdf" in err
 
 
 def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:

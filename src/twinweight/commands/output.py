@@ -25,8 +25,8 @@ def check_files(*files: Path | None, html: Path | None = None, plot: Path | None
         from twinweight.plots import canvas
 
         canvas.require()
-        if plot is not None and plot.suffix.removeprefix(".").lower() not in canvas.formats():
-            raise ConfigError(f"cannot write {plot}: expected .png, .svg or .pdf")
+        if plot is not None and plot.suffix.lower() not in canvas.FORMATS:
+            raise ConfigError(f"cannot write {plot}: expected {', '.join(canvas.FORMATS[:-1])} or {canvas.FORMATS[-1]}")
     for file in (*files, html, plot):
         if file is None:
             continue

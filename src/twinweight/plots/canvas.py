@@ -21,6 +21,10 @@ BLUE, ORANGE, GREEN, RED = "#3b82d6", "#d9731a", "#27966b", "#dd4f57"
 PURPLE, BROWN, TEAL, PINK, GREY = "#9a6bd0", "#a8744a", "#1f93a8", "#cf5fa5", "#858b94"
 
 
+FORMATS = (".png", ".svg", ".pdf")
+"""Suffixes of the plots that commands write; matplotlib has more with some libraries, and fails late at some of them."""
+
+
 @dataclass(frozen=True)
 class Panel:
     """One pair of axes. title: what it shows, in a line. alt: the same for who cannot see it, with the figures that matter."""
@@ -37,14 +41,6 @@ def require() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ConfigError("plots need matplotlib (pip install 'twinweight[report]')") from error
-
-
-def formats() -> frozenset[str]:
-    """Suffixes of files that `save` can write, without the dot."""
-    require()
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    return frozenset(FigureCanvasBase.get_supported_filetypes())
 
 
 def save(panels: Sequence[Panel], file: Path, title: str | None = None, columns: int = 2) -> None:
