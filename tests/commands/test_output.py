@@ -122,6 +122,18 @@ def test_a_plot_of_an_unknown_format_is_known_first(run: Command, tmp_path: Path
             assert "expected .png, .svg or .pdf" in err
 
 
+@pytest.mark.usefixtures("idle")
+def test_two_results_in_one_file_are_refused(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in (("--json", "x.svg", "--plot", "x.svg"), ("--html", "x.svg", "--plot", tmp_path / "x.svg")):
+        code, out, err = run(*PLAN, *options)
+        assert (code, out) == (2, "")
+        assert "x.svg: two options name it" in err
+    code, _, err = run(*TRACE, "--json", "r", "--csv", "./r")
+    assert (code, "two options name it" in err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
     output.check_files(tmp_path / "a" / "r.json", None, html=tmp_path / "b" / "p.html", plot=tmp_path / "b" / "p.SVG")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b"]

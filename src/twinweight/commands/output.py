@@ -20,18 +20,24 @@ if TYPE_CHECKING:
 
 
 def check_files(*files: Path | None, html: Path | None = None, plot: Path | None = None) -> None:
-    """Before anything is measured: raise ConfigError where a file could not be written in the end, or a plot not drawn."""
+    """Before anything is measured: raise ConfigError where a file could not be written in the end, or a plot not drawn, or
+    where one file is named twice.
+    """
     if html is not None or plot is not None:
         from twinweight.plots import canvas
 
         canvas.require()
         if plot is not None and plot.suffix.lower() not in canvas.FORMATS:
             raise ConfigError(f"cannot write {plot}: expected {', '.join(canvas.FORMATS[:-1])} or {canvas.FORMATS[-1]}")
+    seen: set[Path] = set()
     for file in (*files, html, plot):
         if file is None:
             continue
         if file.is_dir():
             raise ConfigError(f"cannot write {file}: it is a directory")
+        if file.resolve() in seen:
+            raise ConfigError(f"cannot write {file}: two options name it")
+        seen.add(file.resolve())
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=file.parent):
