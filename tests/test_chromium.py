@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ _OVERLAPS = """[...document.querySelectorAll('svg')].flatMap(s => { const ts = [
   ts.forEach(([a, p], i) => ts.slice(i + 1).forEach(([b, q]) => {
     const x = Math.min(p.right, q.right) - Math.max(p.left, q.left), y = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
     if (x > 2 && y > 3) out.push(a + ' / ' + b) })); return out })"""
+_CUT = """[...document.querySelectorAll('pre, dl')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,7 @@ def test_a_page_loads_and_fits(browser: Browser, tmp_path: Path, name: str) -> N
             assert browser.value("document.querySelectorAll('figure svg').length") == PAGES[name][1]
             assert browser.value(_OUTSIDE) == []
             assert browser.value(_OVERLAPS) == []
+            assert browser.value(_CUT) == []
             ground, ink, text = (browser.value(f"getComputedStyle({e}).{p}") for e, p in (
                 ("document.body", "backgroundColor"), ("document.body", "color"),
                 ("document.querySelector('svg text')", "fill"),
@@ -62,11 +65,22 @@ def test_a_page_loads_and_fits(browser: Browser, tmp_path: Path, name: str) -> N
     assert grounds[False] != grounds[True]
 
 
+def test_a_long_command_wraps(browser: Browser, tmp_path: Path) -> None:
+    file = tmp_path / "long.html"
+    made = PAGES["plan-too-small"][0]()
+    file.write_text(replace(made, command=f"twinweight plan {'model' * 60} --json {'x' * 300} --tp 1").html(), encoding="utf-8")
+    for width in (1280, 390):
+        browser.open(file, width=width)
+        assert browser.value(_CUT) == []
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_what_is_wrong_is_seen(browser: Browser, tmp_path: Path) -> None:
     """The checks above can fail."""
     file = tmp_path / "bad.html"
     file.write_text(
         "<body><div style='width: 3000px'>x</div><img src='none.png'><script>console.error('no'); nothing()</script>"
+        "<pre style='width: 40px'>a command that is longer</pre>"
         "<svg width=50 height=20><text x=40 y=15>outside</text><text x=40 y=15>outside</text></svg>"
     )
     browser.open(file, width=390)
@@ -75,3 +89,4 @@ def test_what_is_wrong_is_seen(browser: Browser, tmp_path: Path) -> None:
     assert len(browser.requests()) == 2
     assert browser.value(_OUTSIDE)
     assert browser.value(_OVERLAPS)
+    assert browser.value(_CUT)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.reports import PAGES
 from twinweight.page import Page, Section, table
+from twinweight.plan import Budget
 from twinweight.table import Report, Table
 
 pytest.importorskip("matplotlib")
@@ -77,8 +78,18 @@ def test_tables_are_marked_up_for_readers() -> None:
 
 
 def test_texts_in_columns_keep_them() -> None:
-    assert '<pre tabindex="0"><code>a:\n  b    1\n  c   10</code></pre>' in page("a:\n  b    1\n  c   10")
+    assert "<pre><code>a:\n  b    1\n  c   10</code></pre>" in page("a:\n  b    1\n  c   10")
     assert '<p class="lines">a:\n    b 1</p>' in page("a:\n    b 1")
+
+
+def test_arithmetic_is_a_list_that_can_wrap() -> None:
+    budget = Budget(24 << 30, 20 << 30, kv_floor=4 << 30, reserves=(("<r>", 1 << 30),), weights=4 << 30)
+    found = page(f"soft: not all fit\n{budget.arithmetic(16 << 30)}\n{budget.levers(16 << 30)}")
+    assert found.count("<pre>") == 1  # the command
+    assert '<p class="lines">soft: not all fit</p>\n<dl class="sum">\n<dt>total</dt><dd>24.000 GiB</dd>\n' in found
+    assert "<dt>reserve for &lt;r&gt;</dt><dd>-1.000 GiB</dd>" in found
+    assert '<dt>all twins need</dt><dd>16.000 GiB</dd>\n</dl>\n<p class="lines">3.400 GiB short; ' in found
+    assert found.count("<dt>") == len(budget.arithmetic(0).splitlines())
 
 
 def test_a_section_without_parts_is_left_out() -> None:

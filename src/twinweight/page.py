@@ -13,6 +13,7 @@ from twinweight.table import Report, Table
 
 Part = Table | Panel | str
 _COLUMNS = re.compile(r"\S {3,}\S")  # a text that stands in columns needs letters of one width
+_SUM = re.compile(r"\s+(\S.*?) {3,}(-?[\d,.]+ GiB)")  # a line of `Budget.arithmetic`: what it is, and how much
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Page:
 {sections}
 <section aria-labelledby="made">
 <h2 id="made">How it was made</h2>
-<pre tabindex="0"><code>{html.escape(self.command)}</code></pre>
+<pre><code>{html.escape(self.command)}</code></pre>
 {facts}
 </section>
 </main>
@@ -106,9 +107,21 @@ def _section(section: Section, prefix: str) -> str:
 def _words(part: Table | str) -> str:
     if isinstance(part, Table):
         return table(part)
-    if _COLUMNS.search(part):
-        return f'<pre tabindex="0"><code>{html.escape(part)}</code></pre>'
-    return f'<p class="lines">{html.escape(part)}</p>'
+    blocks = groupby(part.split("\n"), key=lambda line: _SUM.fullmatch(line) is not None)
+    return "\n".join(_sum(lines) if sums else _lines("\n".join(lines)) for sums, lines in blocks)
+
+
+def _lines(text: str) -> str:
+    if _COLUMNS.search(text):
+        return f"<pre><code>{html.escape(text)}</code></pre>"
+    return f'<p class="lines">{html.escape(text)}</p>'
+
+
+def _sum(lines: Iterable[str]) -> str:
+    """What stands in two columns on a terminal; on a phone the first may wrap."""
+    found = [match.groups() for line in lines if (match := _SUM.fullmatch(line))]
+    pairs = (f"<dt>{html.escape(what)}</dt><dd>{html.escape(much)}</dd>" for what, much in found)
+    return '<dl class="sum">\n' + "\n".join(pairs) + "\n</dl>"
 
 
 def _align(found: Table, i: int) -> str:
@@ -152,17 +165,19 @@ td.left { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; }
 small { display: block; color: var(--soft); font-size: .8125rem; font-weight: 400; }
 .lines, .note { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); font-size: .9375rem; max-width: 60rem; margin: .75rem 0; }
 .note { font-size: .875rem; }
-pre { background: var(--box); border: 1px solid var(--line); border-radius: .375rem; padding: .75rem 1rem; margin: .75rem 0; overflow-x: auto; }
+pre { background: var(--box); border: 1px solid var(--line); border-radius: .375rem; padding: .75rem 1rem; margin: .75rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.sum { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: .15rem 1.25rem; max-width: 36rem; margin: .75rem 0; padding: 0 .25rem; font-size: .875rem; font-variant-numeric: tabular-nums; }
+.sum dt { overflow-wrap: anywhere; }
+.sum dd { margin: 0; text-align: right; white-space: nowrap; align-self: end; }
 code { font: .875rem/1.5 ui-monospace, monospace; }
 @media (max-width: 40rem) { th, td { padding-right: .75rem; } }
 @media print {
   :root { --ground: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --box: #ffffff; --mark: #000000; }
   main { max-width: none; padding: 0; }
   .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); }
-  .scroll, pre { overflow: visible; }
+  .scroll { overflow: visible; }
   table { font-size: .7rem; min-width: 0; }
   tbody th { white-space: normal; overflow-wrap: anywhere; }
-  pre { white-space: pre-wrap; }
   h2 { break-after: avoid; }
   tr { break-inside: avoid; }
 }
