@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from twinweight import cli, planner
+from twinweight.engines import hf
+from twinweight.errors import ConfigError
 from twinweight.report import workload_line
 
 ASK = ("plan", "llama-3.2-1b", "--gpu", "rtx4090", "--max-model-len", 8192)
@@ -96,6 +98,27 @@ def test_a_workload_of_many_sizes_is_one_line() -> None:
     assert workload_line("seen.txt", [[1, 0.25], [2048, 0.75]]) == "workload from seen.txt: 1 row 25 %, 2,048 rows 75 %"
     many = [[2**i, 0.05 if i < 4 else 0.16] for i in range(9)]
     assert workload_line("f", many).endswith("256 rows 16 %, 3 other sizes 15 %")
+
+
+@pytest.mark.parametrize("option", ["--utilization", "--gpu-memory-utilization"])
+@pytest.mark.parametrize(
+    "command", [ASK[:4], *((name, Path(__file__).parent, *more) for name, more in (
+        ("bench", ()), ("load-check", ()), ("profile", ("--out", "OUT")),
+    ))], ids=["plan", "bench", "load-check", "profile"],
+)  # fmt: skip
+def test_both_names_of_the_utilization_are_known_everywhere(
+    run: Command, command: tuple[object, ...], option: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[float] = []
+
+    def stop(*args: object, **more: float) -> None:
+        asked.append(more["utilization"] if more else args[1].utilization)  # type: ignore[attr-defined]
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(planner, "plan_model", stop)
+    monkeypatch.setattr(hf, "load", stop)
+    code, _, err = run(*(tmp_path if part == "OUT" else part for part in command), option, 0.5)
+    assert (code, err, asked) == (2, "error: enough\n", [0.5])
 
 
 def test_an_interruption_is_one_word(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,12 @@ TwinDtype = Annotated[
     str | None, typer.Option(help="dense, int8 (CPU), fp8, fp8-exact or fp8-row (GPU); default: TWINWEIGHT_DTYPE, else dense")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one")]
-Utilization = Annotated[float, typer.Option(help="share of the memory that may be used at all")]
+Utilization = Annotated[
+    float,
+    typer.Option(
+        "--utilization", "--gpu-memory-utilization", help="share of the memory that may be used at all; vLLM's name too"
+    ),
+]
 KvFloor = Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twinweight.commands.options import Html, Json
+from twinweight.commands.options import Html, Json, Utilization
 from twinweight.errors import BudgetError
 from twinweight.report import plan_table
 
@@ -18,9 +18,7 @@ def plan(
     model: Annotated[str, typer.Argument(help="model directory, config.json, or a model's name (twinweight synth lists them)")],
     gpu: Annotated[str, typer.Option(help="h200, rtx4090, strix-halo, ...; an unknown name lists them")],
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model (tensor parallel)")] = 1,
-    utilization: Annotated[
-        float, typer.Option("--gpu-memory-utilization", help="share of the memory that may be used at all")
-    ] = 0.9,
+    utilization: Utilization = 0.9,
     max_model_len: Annotated[int | None, typer.Option(help="default: the KV floor, else the model's maximum")] = None,
     kv_floor: Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="default: vLLM's")] = None,
