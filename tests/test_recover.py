@@ -71,10 +71,15 @@ def test_a_dense_weight_has_none(n: int, k: int, group: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("count", [1, 32])
-def test_what_is_no_number_has_none(value: float, count: int) -> None:
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_is_no_number_has_none(value: float, count: int, zero: bool) -> None:
     dense = random_weight(2, 32, 32).dequantize()
+    dense[1] *= not zero
     dense[1, :count] = value
     assert recover(dense, 32) is None
+    steps, scales = torch.empty(2, 32, dtype=torch.int8, device=DEVICE), torch.empty(2, dtype=dense.dtype, device=DEVICE)
+    found = recover_groups(dense.to(DEVICE), steps, scales, recover_module._LIKELY, recover_module._STEPS)
+    assert found.tolist() == [1, 0]
 
 
 def test_rows_may_be_padded() -> None:
