@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twinweight.commands.options import Html, Json, Utilization
+from twinweight.commands.options import Html, Json, KvFloor, Utilization
 from twinweight.errors import BudgetError
 from twinweight.report import plan_table
 
@@ -20,7 +20,7 @@ def plan(
     tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model (tensor parallel)")] = 1,
     utilization: Utilization = 0.9,
     max_model_len: Annotated[int | None, typer.Option(help="default: the KV floor, else the model's maximum")] = None,
-    kv_floor: Annotated[int | None, typer.Option(help="KV-cache tokens that twins may never take")] = None,
+    kv_floor: KvFloor = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(min=1, help="default: vLLM's")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(min=1, help="default: vLLM's")] = None,
     mode: Annotated[str | None, typer.Option(help="soft or hard: show only this, and fail where it does not fit")] = None,

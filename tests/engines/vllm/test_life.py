@@ -387,13 +387,16 @@ def test_what_is_freed_makes_room_for_more(
 
 
 @pytest.mark.usefixtures("alone")
-def test_what_was_built_before_stays_when_a_copy_fails(two: tuple[Group, list[Life]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("freed", [MIB, 0])
+def test_what_was_built_before_stays_when_a_copy_fails(
+    freed: int, two: tuple[Group, list[Life]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And is not compared again: vLLM's weight may be gone."""
     group, lives = two
     compared: list[str] = []
     for found in lives:
         a = found.kernels["a"]
-        a.own, a.twin, a.freed, a.route = object(), None, MIB, [0, Path.INT4]  # type: ignore[assignment]
+        a.own, a.twin, a.freed, a.route = object(), None, freed, [0, Path.INT4]  # type: ignore[assignment]
         found.built = {"a": Built("own", MIB)}
         found.plan = Plan("soft", found.plan.budget, {n: o for n, o in found.plan.twins.items() if n != "a"}, {})
     monkeypatch.setattr(own, "agrees", lambda kernel: compared.append(kernel.place[1]) or kernel.place[1] != "c")

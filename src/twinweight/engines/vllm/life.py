@@ -192,7 +192,7 @@ class Life:
         if not lost:
             self._keep_common(made)
             if compat.device_of(self.worker).type != "cpu":
-                lost = ranks.joined(ranks.together(self._wrong))
+                lost = ranks.joined(ranks.together(lambda: self._wrong(wanted)))
         return lost
 
     def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
@@ -204,9 +204,9 @@ class Life:
         lost = {name: why for name, form in wanted if measure.has_copy(form) and not self.kernels[name].copyable}
         return ({}, lost) if lost else (dict(self._until_full(copied, self._fill)), {})
 
-    def _wrong(self) -> dict[str, str]:
-        """Compile what own copies need: the layers for which our kernels compute something else on this GPU."""
-        copies = {n: kernel for n in self.built if (kernel := self.kernels[n]).own is not None and not kernel.freed}
+    def _wrong(self, wanted: list[Wanted]) -> dict[str, str]:
+        """Compile what these layers' own copies need: those for which our kernels compute something else on this GPU."""
+        copies = {name: kernel for name, _ in wanted if name in self.built and (kernel := self.kernels[name]).own is not None}
         tried = {(kind_of(kernel), *kernel.route): kernel for kernel in copies.values()}
         own.compile_paths(tried.values(), compat.chunk(self.worker))
         wrong = {kind for (kind, *_), kernel in tried.items() if not own.agrees(kernel)}
