@@ -9,7 +9,7 @@ from pathlib import Path as File
 import pytest
 import torch
 
-from twinweight import crossover, search
+from twinweight import crossover, search, timing
 from twinweight.cache import Cache
 from twinweight.crossover import Crossovers, Shape, choices_of, int8_slice, measure
 from twinweight.kernels import int8
@@ -151,6 +151,49 @@ def test_on_a_gpu_what_is_far_behind_on_both_sides_is_not_timed_between(
     assert all(len(timed[m]) == 3 for m in (1, 8192))
     assert all(len(times) == len(found.ms) for times in found.times.values())
     assert found.time_at("int4", 640) == pytest.approx(clock["int4"](640), rel=0.01)  # as between its neighbours
+
+
+def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
+    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machete and our kernels on an H200, which takes 700 W: the faster one on a rested GPU is the slower one there."""
+    clock.clear()
+    clock |= {"int4": lambda m: 9e-7 * m, "fused": lambda m: 1e-6 * m, "twin:bfloat16": lambda m: 1e-4 + 1.5e-6 * m}
+    loaded = {"int4": 1.3, "fused": 1.1}
+    asked: list[float] = []
+
+    def under_load(call: Callable[[], object], *, device: torch.device, seconds: float) -> Timing:
+        asked.append(seconds)
+        name, rows = str(call()).split()
+        time = clock[name](int(rows)) * loaded[name]
+        return Timing(time, time, time)
+
+    monkeypatch.setattr(search, "under_load", under_load)
+    ways = {c: lambda x, c=c: f"{c} {len(x)}" for c in clock}  # type: ignore[misc]
+    given = {"orders": [("int4", "fused")], "load": 0.25}
+    found = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), **given)  # type: ignore[arg-type]
+    assert asked == [0.25, 0.25]  # the twin is not level with them
+    assert found.time_at("int4", 8192) == pytest.approx(1.3 * clock["int4"](8192))
+    assert found.time_at("twin:bfloat16", 8192) == pytest.approx(1.3 * clock["twin:bfloat16"](8192))  # nor does it gain by that
+    (_, first), (start, second) = found.pieces(["int4", "fused"])
+    assert (first, second) == ("int4", "fused")
+    assert 8192 / 1.1 < start <= 8192  # fewer rows are a prompt by itself: a rested GPU's times
+    asked.clear()
+    rested = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), orders=[("int4", "fused")])
+    assert rested.pieces(["int4", "fused"]) == ((0, "int4"),)
+    clock["fused"] = lambda m: 2e-6 * m
+    time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), **given)  # type: ignore[arg-type]
+    assert asked == []  # one path alone may be the best
+
+
+def test_a_load_is_kept_up_and_its_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = iter(range(100))
+    monkeypatch.setattr(timing, "_time_on_host", lambda call, device: call())
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))
+    calls = iter([1.0, 1.0, 2.0, 2.0, 2.0])
+    found = timing.under_load(lambda: next(calls), device=CPU, seconds=4.0)  # one call a tick of that clock
+    assert (found.min, found.max) == (2.0, 2.0)
+    assert next(calls) == 2.0  # four calls
 
 
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:

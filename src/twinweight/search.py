@@ -14,7 +14,7 @@ import torch
 from twinweight import twin
 from twinweight.graphs import Wrap
 from twinweight.measured import Measured
-from twinweight.timing import Timing, interleaved
+from twinweight.timing import Timing, interleaved, under_load
 
 GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
@@ -55,6 +55,7 @@ def time_variants(
     orders: Sequence[Sequence[str]] = (),
     wraps: Callable[[int], Wrap | None] = lambda m: None,
     seconds: float = math.inf,
+    load: float = 0.0,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
@@ -62,7 +63,8 @@ def time_variants(
     orders: the routes that may be used, as `Measured.route` takes them; none: all that need no twin, and those with one twin.
     wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
     disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
-    coarsest grid that serves: some kernels are compiled for each size.
+    coarsest grid that serves: some kernels are compiled for each size. load: seconds that each path which may be the best at
+    the most rows runs there without a rest before it is timed (`under_load`): who has so many rows has them again and again.
     """
     found: dict[int, dict[str, Timing]] = {}
     started, whole = math.inf, True
@@ -81,6 +83,9 @@ def time_variants(
             break
         time_size(m, _behind(found, m) if device.type != "cpu" and len(found) >= _LEAST_SIZES else ())
         started = min(started, time.perf_counter())
+    if load and whole:
+        last = max(found)
+        found[last] = _under_load(found[last], variants, torch.randn(last, k, device=device).to(dtype), load)
     surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
         measured = _joined(found, n)
@@ -91,6 +96,18 @@ def time_variants(
                 return replace(_joined(found, n), whole=False)
             time_size(m, _behind(found, m) | surpassed)
     return replace(_joined(found, n), whole=whole)
+
+
+def _under_load(
+    found: Mapping[str, Timing], variants: Mapping[str, Callable[[torch.Tensor], object]], x: torch.Tensor, seconds: float
+) -> dict[str, Timing]:
+    """The times of one size as they are under load. What is not level is taken to become slower as much as the others do."""
+    level = [c for c, t in found.items() if t.min <= _LEVEL * min(t.min for t in found.values())]
+    if len(level) < 2:
+        return dict(found)
+    loaded = {c: under_load(partial(variants[c], x), device=x.device, seconds=seconds) for c in level}
+    slower = max(loaded[c].min / found[c].min for c in level)
+    return {c: loaded[c] if c in loaded else t.times(slower) for c, t in found.items()}
 
 
 def _around(found: Mapping[int, dict[str, Timing]], m: int) -> list[dict[str, Timing]]:

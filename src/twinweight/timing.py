@@ -83,6 +83,20 @@ def interleaved(
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
+def under_load(call: Callable[[], object], *, device: torch.device, seconds: float) -> Timing:
+    """The time of a call that is repeated for so long without a rest, by the second half of the repeats.
+
+    A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
+    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then.
+    """
+    clock = _time_on_gpu if device.type != "cpu" else _time_on_host
+    samples: list[float] = []
+    started = time.perf_counter()
+    while not samples or time.perf_counter() - started < seconds:
+        samples.append(clock(call, device))
+    return Timing.of(samples[len(samples) // 2 :])
+
+
 def _time_on_host(call: Callable[[], object], device: torch.device) -> float:
     start = time.perf_counter()
     call()

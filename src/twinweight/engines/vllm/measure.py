@@ -38,6 +38,9 @@ llama-3.3-70b on Machete at its first start, compiling included), CPUs 4 to 12. 
 compiles all it has there, as a server does sooner or later.
 """
 
+_LOAD = 0.25
+"""Seconds that a path which may be the best at 8192 rows runs before it is timed there: a server whose chunks are full is busy."""
+
 W = TypeVar("W", bound=Wrapped)
 
 INT4 = "int4"
@@ -174,7 +177,10 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     calls = {INT4: _rotating(inners), **ready}
     orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
     wrap = Graphs().replayed if device.type == "cuda" else None
-    measured = time_variants(calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds)
+    measured = time_variants(
+        calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds,
+        load=_LOAD if device.type != "cpu" else 0.0,
+    )  # fmt: skip
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
