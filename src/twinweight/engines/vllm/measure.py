@@ -39,7 +39,7 @@ compiles all it has there, as a server does sooner or later.
 """
 
 _LOAD = 0.25
-"""Seconds that a path which may be the best at 8192 rows runs before it is timed there: a server whose chunks are full is busy."""
+"""Seconds that a path which may be the best at 8192 rows runs before it is timed there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
 
