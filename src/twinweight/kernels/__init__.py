@@ -87,14 +87,14 @@ def int4_path(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Ten
 def dense_linear(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
     """x: [M, K] -> [M, N] on a dense weight [N, K], which may be of a wider dtype than x."""
     if twin.dtype == x.dtype:
-        return _dense(x, twin, bias)
+        return _dense(x, twin, bias) if x.is_cpu else torch.nn.functional.linear(x, twin, bias)
     wide_bias = bias.to(twin.dtype) if bias is not None else None
-    return _dense(x.to(twin.dtype), twin, wide_bias).to(x.dtype)
+    return dense_linear(x.to(twin.dtype), twin, wide_bias).to(x.dtype)
 
 
 def _dense(x: Tensor, twin: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; on a CPU a large result goes into huge pages, unless autograd wants to know of it."""
-    if not x.is_cpu or torch.is_grad_enabled():
+    """`F.linear` on a CPU; a large result goes into huge pages, unless autograd wants to know of it."""
+    if torch.is_grad_enabled():
         return torch.nn.functional.linear(x, twin, bias)
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] * twin.shape[0] * x.itemsize < pages.LARGE:

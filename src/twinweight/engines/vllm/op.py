@@ -21,7 +21,7 @@ from torch import Tensor
 from twinweight import twin
 from twinweight.kernels import dense_linear, int4_path
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.labels import labelled
+from twinweight.labels import is_recording, labelled
 from twinweight.paths import Path, take
 
 
@@ -66,19 +66,32 @@ def linear(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
     """x: [..., K] -> [..., N] by the path that the kernel's route names for the product of x's leading sizes."""
-    m = x.numel() // x.shape[-1]
+    flat = x.dim() == 2
+    rows = x if flat else x.reshape(-1, x.shape[-1])
+    m = rows.shape[0]
     path = take(kernel.route, m)
-    with labelled(path, m, kernel.n, x.shape[-1]):
-        plain = None if bias is None else kernel.bias
-        if path == Path.TWIN and kernel.twin is not None:
-            if kernel.twin_scales is None:
-                return dense_linear(x, kernel.twin, plain)
-            rows = x.reshape(m, x.shape[-1])
-            return twin.linear(rows, kernel.twin, kernel.twin_scales, plain).view(*x.shape[:-1], kernel.n)
-        if path not in (Path.TWIN, Path.INNER) and kernel.own is not None:
-            return int4_path(path, x.reshape(m, x.shape[-1]), kernel.own, plain).view(*x.shape[:-1], kernel.n)
-        # Some kernels pad N and return a slice; the traced graph counts on dense rows.
-        return kernel.inner_linear(x, bias).contiguous()
+    if is_recording():
+        with labelled(path, m, kernel.n, x.shape[-1]):
+            y = _by(path, kernel, rows, bias)
+    else:
+        y = _by(path, kernel, rows, bias)
+    return y if flat else y.view(*x.shape[:-1], kernel.n)
+
+
+def _by(path: int, kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [M, K] -> [M, N]."""
+    plain = None if bias is None else kernel.bias
+    if path == _TWIN and kernel.twin is not None:
+        if kernel.twin_scales is None:
+            return dense_linear(x, kernel.twin, plain)
+        return twin.linear(x, kernel.twin, kernel.twin_scales, plain)
+    if path != _TWIN and path != _INNER and kernel.own is not None:
+        return int4_path(path, x, kernel.own, plain)
+    # Some kernels pad N and return a slice; the traced graph counts on dense rows.
+    return kernel.inner_linear(x, bias).contiguous()
+
+
+_TWIN, _INNER = int(Path.TWIN), int(Path.INNER)
 
 
 def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
