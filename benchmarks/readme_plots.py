@@ -18,8 +18,8 @@ _N, _K = 28672, 4096
 # What Twinweight runs, by the names it has in plots, and the kernels of others beside it.
 _OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfloat16", "fp8-row": "twin:fp8-row"}
 _PEERS = ("marlin", "machete", "humming")
-# `server` of llama-3.1-8b, off and on. Over Marlin the last run has no off: that one is of the run before, on another H200.
-_SERVERS = {"Marlin": ("8-0-3", "9-1-5"), "Machete": ("9-0-2", "9-0-1")}
+# `server` of llama-3.1-8b, off and on, each pair on one H200. Over Marlin on is with "reload": false.
+_SERVERS = {"Marlin": ("10-0-3", "10-0-4"), "Machete": ("10-1-1", "10-1-3")}
 
 
 def paths(directory: Path) -> Path:
