@@ -92,6 +92,18 @@ def test_compiled_decode_runs_the_inner_kernel_after_a_prefill_shaped_warm_up(ra
     assert alone in ({"twin@32": 4 * SHORT}, {"twin@16": 4 * SHORT})
 
 
+def test_stages_of_a_pipeline_have_twins_of_their_own_layers() -> None:
+    """Compiled: without its warm-up vLLM's pipelines do not run on CPUs, with the plugin or without."""
+    job = Job(short(group_size=64), ON, eager=False, more='{"pipeline_parallel_size": 2}', environ=COMPILING)
+    assert_same_tokens(OFF_RUN, job)
+    stages = [stage["twins"] for stage in result(job)["reports"][0]]
+    assert [len(twins) for twins in stages] == [4 * SHORT // 2] * 2
+    assert stages[0].keys().isdisjoint(stages[1])
+    assert all(twin["exact"] for twins in stages for twin in twins.values())
+    assert calls(job, 1, rank=0) == calls(job, 1, rank=1)
+    assert calls(job, 2)["twin@256"] > 0
+
+
 def test_ray_workers_measure_and_plan_alike() -> None:
     more = '{"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}'
     job = Job(short(group_size=64), '{"twinweight": {"mode": "soft"}}', more=more, environ=RAY)
