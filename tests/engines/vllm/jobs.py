@@ -135,6 +135,11 @@ def result(job: Job) -> dict[str, Any]:
     return found
 
 
+def times_logged(caplog: pytest.LogCaptureFixture, text: str) -> int:
+    """How often a text was logged; up to vLLM 0.31 each record is captured twice."""
+    return len({id(record) for record in caplog.records if text in record.message})
+
+
 def calls(job: Job, batch: int, rank: int = 0) -> dict[str, int]:
     """Calls of the op by path and rows (rounded down to a power of two) that a batch added; batch 0 is the warm-up."""
     reports = result(job)["reports"]

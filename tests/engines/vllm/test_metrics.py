@@ -17,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.engines.vllm.jobs import times_logged
 from twinweight.engines.vllm import compat, metrics
 from twinweight.engines.vllm.metrics import Collector, Publisher
 
@@ -104,7 +105,7 @@ def test_damage_costs_the_metrics_and_one_warning(
     publisher.file.write_text(content)
     for _ in range(3):
         assert "twinweight_twins{" not in scrape(collector)
-    assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
+    assert times_logged(caplog, "cannot be read") == 1
 
 
 def test_a_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +167,7 @@ def test_a_server_starts_without_metrics_where_they_fail(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "missing" / "parent"))
     metrics.show(SimpleNamespace(instance_id="x"), on=True)
     metrics.publish(SimpleNamespace(), Worker().status)
-    assert len([r for r in caplog.records if "has no metrics" in r.message]) == 2
+    assert times_logged(caplog, "has no metrics") == 2
 
 
 def test_hooks_are_idempotent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,11 +24,13 @@ class CpuLayout:
 
     @staticmethod
     def of(kernel: Wrapped) -> CpuLayout | None:
-        """None where the inner kernel is another, or keeps another layout (int8 activations)."""
+        """None where the inner kernel is another, or keeps another layout (int8 activations, act-order)."""
         inner, n, k = kernel.inner, kernel.n, kernel.k
         if type(inner).__name__ != "CPUWNA16LinearKernel" or getattr(kernel.layer, "use_w4a8", True):
             return None
-        words, scales, zeros = inner._get_weight_params(kernel.layer)
+        words, scales, zeros, *order = inner._get_weight_params(kernel.layer)  # the last up to vLLM 0.31
+        if any(one is not None for one in order):
+            return None
         known = words.shape == (n // 16, 2 * k) and scales.shape[1] == n and k % scales.shape[0] == 0
         return CpuLayout(words, scales, zeros) if known and inner.config.weight_type.size_bits == 4 else None
 
