@@ -45,7 +45,7 @@ class Permuting:
 
     def _allocated(self, twin: bool) -> None:
         kernel: Any = self
-        build.allocate(kernel, "bfloat16" if twin else None)
+        build.allocate(kernel, "bfloat16" if twin else "own")
         build.fill(kernel)
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
+import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ if importlib.util.find_spec("vllm") is None:
 import torch
 
 from tests.engines.vllm.jobs import times_logged
-from twinweight.engines.vllm import build, compat, own, spare, telling
+from twinweight.engines.vllm import build, compat, measure, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.life import Built, Life
 from twinweight.engines.vllm.measure import Kind
@@ -181,10 +183,10 @@ class Group:
         self.barrier.wait()
         return found
 
-    def run(self, lives: list[Life]) -> None:
+    def run(self, lives: list[Life], action: Callable[[Life], object] = Life._build) -> None:
         def one(rank: int) -> None:
             self.rank.value = rank
-            lives[rank]._build()
+            action(lives[rank])
 
         with ThreadPoolExecutor(len(lives)) as pool:
             list(pool.map(one, range(len(lives))))
@@ -214,14 +216,21 @@ def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Group, list[Life]]:
     monkeypatch.setattr(compat, "trim_pool", lambda worker: None)
     monkeypatch.setattr(compat, "device_of", lambda worker: torch.device("cuda"))
     monkeypatch.setattr(compat, "pool", lambda worker: nullcontext())
-    monkeypatch.setattr(build, "allocate", lambda kernel, kind: setattr(kernel, "twin", kind))
-    monkeypatch.setattr(build, "fill", lambda kernel: None)
     monkeypatch.setattr(own, "allocate", lambda kernel: setattr(kernel, "own", object()))
+    monkeypatch.setattr(build, "allocate", allocated)
+    monkeypatch.setattr(build, "fill", lambda kernel: None)
     monkeypatch.setattr(own, "fill", lambda kernel: True)
     monkeypatch.setattr(own, "held_bytes", lambda kernel: 7 if kernel.own is None else 9)
     monkeypatch.setattr(own, "compile_paths", lambda kernels, most: None)
     monkeypatch.setattr(own, "agrees", lambda kernel: True)
     return group, lives
+
+
+def allocated(kernel: Any, form: str) -> bool:
+    kernel.twin = measure.twin_of(form)
+    if measure.has_copy(form):
+        own.allocate(kernel)
+    return True
 
 
 def planned(found: Life) -> Plan:
@@ -282,8 +291,9 @@ def test_memory_that_ends_on_one_rank_ends_what_all_have(
 def test_what_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the others would wait for it in the next exchange until that times out."""
     found, told = life(), []
+    theirs = ranks._Failure("ValueError: too little memory")
     monkeypatch.setattr(compat, "rank", lambda: 1)
-    monkeypatch.setattr(compat, "gather", lambda value: told.append(value) or [value, "ValueError: too little memory"])
+    monkeypatch.setattr(compat, "gather", lambda value: told.append(value) or [value, theirs])
     with pytest.raises(RuntimeError, match="rank 1 failed: ValueError: too little memory"):
         found._size(lambda: 9 * MIB)
     assert told == [None]
@@ -294,7 +304,68 @@ def test_what_fails_on_one_rank_ends_all(monkeypatch: pytest.MonkeyPatch) -> Non
     for method in (found._size, found._load):
         with pytest.raises(ValueError, match="on node 1"):
             method(short)
-    assert told == [None, *["ValueError: Available memory on node 1 is less than requested"] * 2]
+    assert told == [None, *[ranks._Failure("ValueError: Available memory on node 1 is less than requested")] * 2]
+
+
+@pytest.mark.parametrize("ranks_", [{0}, {1}, {0, 1}])
+@pytest.mark.parametrize("where", ["weight_only", "_measure", "_offers", "_plan", "compile_paths", "held_bytes", "quicken"])
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+def test_whatever_fails_and_on_whichever_rank_a_server_starts_without_twins(
+    two: tuple[Group, list[Life]], mode: Mode, where: str, ranks_: set[int], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """No rank waits for one that failed: all end what they do in the same exchange, and make equally many afterwards."""
+    from twinweight.engines.vllm import life as module
+
+    group, lives = two
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    in_use = itertools.count(step=MIB)  # building takes some
+    for name, value in {"weight_only": lambda kernels: ranks.gather(0) and kernels, "kernels_of": lambda model: model}.items():
+        monkeypatch.setattr(module, name, value)
+    for name, stub in {
+        "kv_floor": lambda worker, floor: compat.KVFloor(10, 10 * MIB, MIB), "memory_in_use": lambda worker: next(in_use),
+        "forward_context": lambda worker: nullcontext(), "draft_rows": lambda worker: 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(compat, name, stub)
+    for found in lives:
+        found.config = Config(mode)
+        kernels = found.kernels
+        found.worker.model_runner.get_model = lambda kernels=kernels: kernels
+        monkeypatch.setattr(found, "_measure", lambda: ranks.gather({})[0])
+        monkeypatch.setattr(found, "_give_back", lambda: None)
+
+    def failing(of: object, name: str) -> None:
+        right = getattr(of, name)
+
+        def maybe(*args: object, **more: object) -> object:
+            if group.rank.value in ranks_:
+                raise KeyError("a version of vLLM that we do not know")
+            return right(*args, **more)
+
+        monkeypatch.setattr(of, name, maybe)
+
+    places: dict[str, list[object]] = {
+        "weight_only": [module], "compile_paths": [own], "held_bytes": [own], "quicken": [module.heads],
+    }  # fmt: skip
+    monkeypatch.setattr(module.heads, "of", lambda worker: [])
+    for of in places.get(where, lives):
+        failing(of, where)
+
+    def start(found: Life) -> None:
+        with nullcontext() if mode == "soft" else pytest.raises((KeyError, ranks.OthersFailedError)):
+            found._load(lambda: None)
+        if mode == "soft":
+            assert found._size(lambda: 9 * MIB) == 9 * MIB  # though that is less than the floor
+            assert ranks.gather("in step") == ["in step"] * 2
+
+    group.run(lives, start)
+    if mode == "soft":
+        assert [found.built for found in lives] == [{}, {}]
+        assert all(kernel.twin is None and kernel.own is None for found in lives for kernel in found.kernels.values())
+        assert [found.worker.model_runner.model_memory_usage for found in lives] == [100 * MIB] * 2
+        assert times_logged(caplog, "goes on with vLLM's kernels alone") == 2
+        assert "a version of vLLM that we do not know" in caplog.text
+        assert f"rank {min(ranks_)} failed" in caplog.text or len(ranks_) == 2
 
 
 @pytest.mark.usefixtures("alone")
@@ -465,7 +536,7 @@ def test_only_what_is_really_there_counts(monkeypatch: pytest.MonkeyPatch, caplo
 
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)
     monkeypatch.setattr(own, "held_bytes", lambda kernel: 4 * MIB)
-    monkeypatch.setattr(build, "allocate", lambda kernel, kind: None)
+    monkeypatch.setattr(build, "allocate", lambda kernel, form: True)
     monkeypatch.setattr(build, "fill", fill)
     monkeypatch.setattr(found, "_route", lambda kernel, form: Route.always(Path.TWIN))
     found._build()
@@ -657,9 +728,10 @@ def test_all_twins_share_one_pool_and_those_after_the_last_that_fits_stay_int4(m
         entered.append(worker)
         yield
 
-    def allocate(kernel: Any, kind: str) -> None:
+    def allocate(kernel: Any, form: str) -> bool:
         if kernel is found.kernels["a"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return True
 
     monkeypatch.setattr(compat, "pool", pool)
     monkeypatch.setattr(compat, "memory_in_use", lambda worker: 0)

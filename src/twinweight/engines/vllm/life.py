@@ -37,7 +37,8 @@ class Built:
 
 class Life:
     """Follows one worker object. built: the layers with a twin, an own copy or both, the most valuable bytes first.
-    gone: whether sleeping threw the weights away, so that they come back by a reload.
+    gone: whether sleeping threw the weights away, so that they come back by a reload. failed: whether all was given up, for an
+    error. charged: bytes that vLLM counts as weights for it.
     """
 
     def __init__(self, worker: Any, config: Config) -> None:
@@ -46,7 +47,8 @@ class Life:
         self.kernels: dict[str, TwinLinearKernel] = {}
         self.built: dict[str, Built] = {}
         self.asleep = self.gone = False
-        self.kv_fixed = False
+        self.kv_fixed = self.failed = False
+        self.charged = 0
 
     def follow(self) -> None:
         """Install the kernel class and wrap the worker's methods that load, size, reload, put to sleep and wake."""
@@ -67,26 +69,54 @@ class Life:
     # --- loading ---
 
     def _load(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """All weights are in place, and the KV cache is not yet sized: here twins are decided and built."""
+        """All weights are in place, and the KV cache is not yet sized: here twins are decided and built.
+
+        Whatever fails in that, a server starts all the same, but in mode `hard`.
+        """
         result = ranks.together(lambda: method(*args, **kwargs))
-        self.built = {}
-        started = time.perf_counter()
-        with compat.forward_context(self.worker):
-            self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
-            self.measured = self._measure()
-            measured = time.perf_counter()
-            self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
-            self.workload = compat.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
-            self.offers = self._offers()
-            self.plan = self._plan()
-            self._build()
-            while self._frees and spare.free(self.worker, [self.kernels[name] for name in self.built]):
-                before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
-                self._build()
-                self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
-            heads.quicken(heads.of(self.worker))
-        self.seconds = (measured - started, time.perf_counter() - measured)
+        self.kernels, self.built, self.charged, self.failed = {}, {}, 0, False
+        try:
+            with compat.forward_context(self.worker):
+                self._decide()
+            ranks.gather(None)  # so that nobody fails where the others no longer wait
+        except Exception as error:
+            ranks.tell(error)
+            if self.config.mode == "hard":
+                raise
+            log.exception("Twinweight failed; the server goes on with vLLM's kernels alone")
+            self._go_without()
         return result
+
+    def _decide(self) -> None:
+        started = time.perf_counter()
+        self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
+        self.measured = self._measure()
+        measured = time.perf_counter()
+        self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
+        self.workload = ranks.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
+        self.offers = self._offers()
+        self.plan = self._plan()
+        self._build()
+        while self._frees and spare.free(self.worker, [self.kernels[name] for name in self.built]):
+            before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
+            self._build()
+            self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
+        heads.quicken(heads.of(self.worker))
+        self.seconds = (measured - started, time.perf_counter() - measured)
+
+    def _go_without(self) -> None:
+        """Nothing but vLLM's kernels, and copies where those have no weight any more."""
+        self.failed = True
+        self.built = {name: b for name, b in self.built.items() if self.kernels[name].freed}
+        for name in self.kernels.keys() - self.built.keys():
+            self.kernels[name].drop()
+        self._give_back()
+        if not self.built:
+            self._charge(-self.charged)
+
+    def _charge(self, nbytes: int) -> None:
+        compat.charge(self.worker, nbytes)
+        self.charged += nbytes
 
     def _measure(self) -> Mapping[Kind, Measured]:
         """Times by kind. Rank 0's, for all: ranks that differ by noise would take different paths."""
@@ -100,7 +130,7 @@ class Life:
             except Exception:  # the other ranks wait, and a server can do without
                 log.exception("Twinweight could not time the kernels")
                 found = None
-        found = compat.gather(found)[0]
+        found = ranks.gather(found)[0]
         if found is None and self.config.mode == "hard":
             raise BudgetError("mode hard: the kernels could not be timed, see the log", missing=0)
         return found or {}
@@ -117,7 +147,7 @@ class Life:
         fixed = compat.explicit_kv_bytes(self.worker)
         floor, unknown = (self.floor.nbytes, self.config.kv_floor is None) if fixed is None else (fixed, False)
         own = compat.budget(self.worker, floor, transient, reserves, kv_unknown=unknown)
-        budget = min(compat.gather(own), key=lambda b: b.for_twins)
+        budget = min(ranks.gather(own), key=lambda b: b.for_twins)
         kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items() if name not in self.built}
         return plan(kinds, budget, self.offers, self.workload, self.config.mode)
 
@@ -172,7 +202,7 @@ class Life:
             self.plan = self._plan()
         if self.config.mode == "hard" and any(o.is_twin and name not in self.built for name, o in self.plan.twins.items()):
             raise BudgetError("mode hard: not all twins could be built, see the log", missing=0)
-        compat.charge(self.worker, compat.memory_in_use(self.worker) - before)
+        self._charge(compat.memory_in_use(self.worker) - before)
 
     def _ranked(self) -> list[Wanted]:
         """What is planned, the most valuable bytes first."""
@@ -187,19 +217,19 @@ class Life:
 
     def _lost(self, wanted: list[Wanted]) -> dict[str, str]:
         """Build; the group keeps what every rank could. The layers that cannot have a copy, on any rank, and why."""
-        made, lost = ranks.together(lambda: self._made(wanted))
+        made, lost = self._made(wanted)
         lost = ranks.joined(lost)
         if not lost:
             self._keep_common(made)
             if compat.device_of(self.worker).type != "cpu":
-                lost = ranks.joined(ranks.together(lambda: self._wrong(wanted)))
+                lost = ranks.joined(self._wrong(wanted))
         return lost
 
     def _made(self, wanted: list[Wanted]) -> tuple[dict[str, str], dict[str, str]]:
         """What this rank built, name -> form. Where copies failed: nothing, and name -> why."""
         with compat.pool(self.worker):  # once for all: every entry makes a pool with segments of its own
-            ready = self._until_full(wanted, _allocate)
-        copied = self._until_full(ready, _copy)
+            ready = self._until_full(wanted, build.allocate)
+        copied = self._until_full(ready, build.copy)
         why = "the weight cannot be read back exactly"
         lost = {name: why for name, form in wanted if measure.has_copy(form) and not self.kernels[name].copyable}
         return ({}, lost) if lost else (dict(self._until_full(copied, self._fill)), {})
@@ -214,11 +244,11 @@ class Life:
 
     def _keep_common(self, forms: Mapping[str, str]) -> None:
         """Keep of what this rank built, name -> form, what all did, and count the bytes that are really there."""
-        everywhere = compat.gather(forms)
+        everywhere = ranks.gather(forms)
         common = {name: form for name, form in forms.items() if all(found.get(name) == form for found in everywhere)}
         for name in forms.keys() - common.keys():
             self.kernels[name].drop()
-        sizes = compat.gather({name: own.held_bytes(self.kernels[name]) for name in common})
+        sizes = ranks.gather({name: own.held_bytes(self.kernels[name]) for name in common})
         self.built = self.built | {name: Built(form, min(held[name] for held in sizes)) for name, form in common.items()}
 
     def _until_full(self, wanted: list[Wanted], make: Callable[[TwinLinearKernel, str], bool]) -> list[Wanted]:
@@ -257,18 +287,20 @@ class Life:
 
         No graph of the server is captured yet, so nothing holds the address of a twin.
         """
+        if self.failed:
+            return ranks.together(lambda: method(*args, **kwargs))
         given = compat.explicit_kv_bytes(self.worker)
         if given is not None and compat.device_of(self.worker).type == "cpu":  # there vLLM looks before it says what it takes
-            self._make_room(max(compat.gather(given - compat.free_memory(self.worker))))
+            self._make_room(max(ranks.gather(given - compat.free_memory(self.worker))))
         with compat.forward_peak(self.worker) as peak:
             available = ranks.together(lambda: method(*args, **kwargs))
         fixed = compat.explicit_kv_bytes(self.worker) is not None
         if not fixed:
-            available += self._make_room(max(compat.gather(self.floor.nbytes - available)))
+            available += self._make_room(max(ranks.gather(self.floor.nbytes - available)))
             compat.set_available(self.worker, available)
         elif compat.device_of(self.worker).type != "cpu":
             needed = available + peak() + compat.graphs_bytes(self.worker)
-            self._make_room(max(compat.gather(needed - compat.free_memory(self.worker))))
+            self._make_room(max(ranks.gather(needed - compat.free_memory(self.worker))))
         self.kv_fixed = fixed
         if compat.rank() == 0:
             telling.start_up(self, available, fixed=fixed)
@@ -291,7 +323,7 @@ class Life:
             self.kernels[name].drop()
             del self.built[name]
         self._give_back()
-        compat.charge(self.worker, -freed)
+        self._charge(-freed)
         log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", len(dropped), freed / GIB,
                     self.floor.tokens)  # fmt: skip
         return freed
@@ -356,21 +388,6 @@ class Life:
     def report(self, check: bool = False) -> str:
         """JSON: what a worker has (`telling.report`)."""
         return telling.report(self, check)
-
-
-def _allocate(kernel: TwinLinearKernel, form: str) -> bool:
-    build.allocate(kernel, measure.twin_of(form))
-    if measure.has_copy(form):
-        own.allocate(kernel)
-    return True
-
-
-def _copy(kernel: TwinLinearKernel, form: str) -> bool:
-    """Write the own copy, where the form has one. False where there can be none, which the kernel keeps in mind."""
-    if not measure.has_copy(form):
-        return True
-    kernel.copyable = own.fill(kernel)
-    return kernel.copyable
 
 
 def _mib(given: int | None, estimate: Callable[[], int]) -> int:

@@ -34,8 +34,8 @@ log = logging.getLogger("vllm.twinweight")
 
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 7 to 9 s on an H200 (15 and 24
-for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included), CPUs 4 to 12. A kernel's first call is not counted: humming
-compiles all it has there, as a server does sooner or later.
+for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included), CPUs 4 to 12. A kernel's first call is not
+counted: humming compiles all it has there, as a server does sooner or later.
 """
 
 _LOAD = 0.25

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twinweight import paths
-from twinweight.engines.vllm import compat
+from twinweight.engines.vllm import compat, ranks
 from twinweight.engines.vllm.kernel import TwinLinearKernel
 from twinweight.engines.vllm.measure import kind_of
 
@@ -33,7 +33,7 @@ def weight_only(kernels: dict[str, TwinLinearKernel]) -> dict[str, TwinLinearKer
     linear = [is_linear(kernel) for kernel in first.values()]
     paths.calls.clear()
     paths.calls.update(counted)
-    answers = [all(ranks) for ranks in zip(*compat.gather(linear), strict=True)]
+    answers = [all(one) for one in zip(*ranks.gather(linear), strict=True)]
     refused = {kind for kind, answer in zip(first, answers, strict=True) if not answer}
     for kind, owner in refused:
         log.info("Twinweight leaves %s of %s alone: activations are quantized", kind, owner)
