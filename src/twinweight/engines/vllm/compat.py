@@ -1,4 +1,4 @@
-"""The one file that reaches into vLLM beyond its public surface. Read in 0.26, 0.28, 0.30 and 0.32; run in 0.26 and 0.32.
+"""The one file that reaches into vLLM beyond its public surface. Read in 0.26, 0.28, 0.30 and 0.32; run in 0.26 to 0.32.
 
 vLLM is imported inside functions: the plugin is loaded in processes that never need it.
 """
