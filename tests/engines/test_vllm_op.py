@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.helpers import random_weight
 from twinweight.engines.vllm import build, op, own
+from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.kernels import backend_for, gpu
 from twinweight.paths import Path, Route
 
@@ -197,3 +198,16 @@ def test_a_kernel_of_ours_that_computes_something_else_is_found(
     monkeypatch.setattr(own, "int4_path", lambda p, *args: right(p, *args) * (wrong if p == path else 1.0))
     assert not own.agrees(kernel)
     assert f"{path.name.lower()} with {1 if path == Path.INT4 else 16} rows is off by" in caplog.text
+
+
+@pytest.mark.parametrize(("order", "known"), [((), True), ((None,), True), ((torch.arange(K),), False)])
+def test_the_layout_of_vllm_s_cpu_kernel_is_read_in_each_version_and_not_with_act_order(
+    order: tuple[Tensor | None, ...], known: bool
+) -> None:
+    """Up to 0.31 the kernel names four parameters, the last the groups of act-order's columns."""
+    tensors = torch.zeros(N // 16, 2 * K, dtype=torch.int32), torch.ones(K // 64, N), None
+    CPUWNA16LinearKernel = type("CPUWNA16LinearKernel", (), {"_get_weight_params": lambda self, layer: (*tensors, *order)})  # noqa: N806
+    inner: Any = CPUWNA16LinearKernel()
+    inner.config = SimpleNamespace(weight_type=SimpleNamespace(size_bits=4))
+    kernel: Any = SimpleNamespace(inner=inner, n=N, k=K, layer=SimpleNamespace(use_w4a8=False))
+    assert (CpuLayout.of(kernel) is not None) is known

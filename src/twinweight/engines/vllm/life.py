@@ -15,6 +15,7 @@ from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
 from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
+from twinweight.kv_cache import KVFloor
 from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Route
@@ -49,6 +50,7 @@ class Life:
         self.asleep = self.gone = False
         self.kv_fixed = self.failed = False
         self.charged = 0
+        self.floor = KVFloor(0, 0, 0)
 
     def follow(self) -> None:
         """Install the kernel class and wrap the worker's methods that load, size, reload, put to sleep and wake."""
