@@ -206,7 +206,7 @@ def test_the_layout_of_vllm_s_cpu_kernel_is_read_in_each_version_and_not_with_ac
 ) -> None:
     """Up to 0.31 the kernel names four parameters, the last the groups of act-order's columns."""
     tensors = torch.zeros(N // 16, 2 * K, dtype=torch.int32), torch.ones(K // 64, N), None
-    CPUWNA16LinearKernel = type("CPUWNA16LinearKernel", (), {"_get_weight_params": lambda self, layer: (*tensors, *order)})  # noqa: N806
+    CPUWNA16LinearKernel = type("CPUWNA16LinearKernel", (), {"_get_weight_params": lambda self, layer: (*tensors, *order)})
     inner: Any = CPUWNA16LinearKernel()
     inner.config = SimpleNamespace(weight_type=SimpleNamespace(size_bits=4))
     kernel: Any = SimpleNamespace(inner=inner, n=N, k=K, layer=SimpleNamespace(use_w4a8=False))
