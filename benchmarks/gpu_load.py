@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,10 +23,11 @@ from typing import Any
 import torch
 from gpu_paths import KINDS, LINEARS, Shape, linears, random_weight
 from gpu_peers import available
+from gpu_timing import environment
 from torch import Tensor
 
-from twinweight import cache
 from twinweight.search import time_rows
+from twinweight.timing import in_turn
 
 Product = Callable[[Tensor], object]
 PATHS = ("fused", "stream", "twin")
@@ -75,11 +74,6 @@ def turns_of(model: str, peers: list[str]) -> dict[tuple[int, int], dict[str, Pr
         copies = linears(Shape(model, n, k, *KINDS[0]), peers, most=4)
         found[n, k] = {path: in_turn(copies[path]) for path in (*PATHS, *peers)}
     return found
-
-
-def in_turn(products: Sequence[Product]) -> Product:
-    turn = itertools.cycle(products)
-    return lambda x: next(turn)(x)
 
 
 def layer(
@@ -129,10 +123,7 @@ def main() -> None:
     peers, missing = available(random_weight(shape, 0), shape.dtype, a.peers.split(","))
     print("missing:", missing)
     found = json.loads(a.out.read_text()) if a.out.exists() else {"records": [], "layers": []}
-    found["environment"] = {
-        "device": cache.describe(torch.device("cuda")), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
+    found["environment"] = environment()
     products = turns_of(a.model, peers)
     for m in a.rows:
         for name, rows in measure(a.model, m, products, a.seconds).items():

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import shlex
@@ -36,6 +35,7 @@ from twinweight.graphs import Graphs
 from twinweight.kernels import dense_linear, fp8, gpu, int4_path
 from twinweight.paths import Path as Route
 from twinweight.search import time_variants
+from twinweight.timing import in_turn
 from twinweight.weight import Int4Weight
 
 ROWS = (1, 2, 4, 5, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
@@ -136,8 +136,7 @@ def compile_one(s: Shape, rows: tuple[int, ...], peers: list[str]) -> None:
 def chosen_by_route(s: Shape, products: dict[str, list[Callable[[Tensor], object]]]) -> Callable[[int], str]:
     """M -> the path of ours that a server with an exact twin takes: the route of a start-up's measurement, here and now."""
     named = {"int4": "int4", "fused": "fused", twin_choice(s.dtype): "twin"}
-    turns = {choice: itertools.cycle(products[path]) for choice, path in named.items()}
-    ways = {choice: lambda x, turn=turn: next(turn)(x) for choice, turn in turns.items()}
+    ways = {choice: in_turn(products[path]) for choice, path in named.items()}
     graphs = Graphs()
     measured = time_variants(ways, s.k, s.n, s.dtype, torch.device("cuda"), wraps=lambda m: graphs.replayed)
     pieces = measured.pieces(tuple(named))

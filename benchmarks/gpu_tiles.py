@@ -13,17 +13,14 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import shlex
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import gpu_paths
 import torch
-import triton
 from gpu_paths import LINEARS, Shape
-from gpu_timing import capture, copies_of, interleaved
+from gpu_timing import capture, copies_of, environment, interleaved
 
 from twinweight.kernels import device, gpu, tiles
 from twinweight.kernels.expand import expand
@@ -115,14 +112,6 @@ def expansions(n: int, k: int, weights: list[KernelWeight]) -> list[dict[str, ob
     for us, t in best[:5]:
         print(f"{n}x{k} expand: {us:8.2f} us {moved / us / 1e6:.2f} TB/s {tuple(asdict(t).values())}", flush=True)
     return [{"n": n, "k": k, "m": 0, "symmetric": True, "tiles": asdict(t), "time_us": round(us, 3)} for us, t in best]
-
-
-def environment() -> dict[str, str]:
-    """Where and how the times were taken."""
-    return {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
-    }  # fmt: skip
 
 
 def main() -> None:

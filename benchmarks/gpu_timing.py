@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import statistics
+import sys
+import time
 from collections.abc import Callable
 
 import torch
+import triton
 
 from twinweight.graphs import Graphs
 
@@ -52,6 +56,14 @@ def time_calls(variants: dict[str, list[Callable[[], object]]], at_least: int, r
     """Median microseconds a call of each variant, a variant being its calls on copies of its weight."""
     graphs = {name: capture(calls, at_least) for name, calls in variants.items()}
     return {name: statistics.median(s) for name, s in interleaved(graphs, rounds).items()}
+
+
+def environment() -> dict[str, str]:
+    """Where and how the times were taken."""
+    return {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
+    }  # fmt: skip
 
 
 def copy_bandwidth(nbytes: int = 4 << 30) -> float:

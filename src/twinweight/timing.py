@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,12 @@ def interleaved(
                 samples[name].append(seconds)
         round_ += 1
     return {name: Timing.of(s) for name, s in samples.items()}
+
+
+def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torch.Tensor], object]:
+    """One call for these, on copies of a weight: it makes the first, the next time the second, and after the last the first."""
+    turn = itertools.cycle(calls)
+    return lambda x: next(turn)(x)
 
 
 def under_load(call: Callable[[], object], *, device: torch.device, seconds: float) -> Timing:

@@ -332,7 +332,6 @@ def test_whatever_fails_and_on_whichever_rank_a_server_starts_without_twins(
         kernels = found.kernels
         found.worker.model_runner.get_model = lambda kernels=kernels: kernels
         monkeypatch.setattr(found, "_measure", lambda: ranks.gather({})[0])
-        monkeypatch.setattr(found, "_give_back", lambda: None)
 
     def failing(of: object, name: str) -> None:
         right = getattr(of, name)

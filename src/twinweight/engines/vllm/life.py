@@ -78,11 +78,8 @@ class Life:
         result = ranks.together(lambda: method(*args, **kwargs))
         self.kernels, self.built, self.charged, self.failed = {}, {}, 0, False
         try:
-            with compat.forward_context(self.worker):
-                self._decide()
-            ranks.gather(None)  # so that nobody fails where the others no longer wait
-        except Exception as error:
-            ranks.tell(error)
+            ranks.together(self._decide)
+        except Exception:
             if self.config.mode == "hard":
                 raise
             log.exception("Twinweight failed; the server goes on with vLLM's kernels alone")
@@ -91,28 +88,26 @@ class Life:
 
     def _decide(self) -> None:
         started = time.perf_counter()
-        self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
-        self.measured = self._measure()
-        measured = time.perf_counter()
-        self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
-        self.workload = ranks.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
-        self.offers = self._offers()
-        self.plan = self._plan()
-        self._build()
-        while self._frees and spare.free(self.worker, [self.kernels[name] for name in self.built]):
-            before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
+        with compat.forward_context(self.worker):
+            self.kernels = weight_only(kernels_of(self.worker.model_runner.get_model()))
+            self.measured = self._measure()
+            measured = time.perf_counter()
+            self.floor = compat.kv_floor(self.worker, self.config.kv_floor)
+            self.workload = ranks.gather(self.config.planned_for(compat.chunk(self.worker)))[0]
+            self.offers = self._offers()
+            self.plan = self._plan()
             self._build()
-            self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
-        heads.quicken(heads.of(self.worker))
+            while self._frees and spare.free(self.worker, [self.kernels[name] for name in self.built]):
+                before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
+                self._build()
+                self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
+            heads.quicken(heads.of(self.worker))
         self.seconds = (measured - started, time.perf_counter() - measured)
 
     def _go_without(self) -> None:
         """Nothing but vLLM's kernels, and copies where those have no weight any more."""
         self.failed = True
-        self.built = {name: b for name, b in self.built.items() if self.kernels[name].freed}
-        for name in self.kernels.keys() - self.built.keys():
-            self.kernels[name].drop()
-        self._give_back()
+        self._keep({name: b for name, b in self.built.items() if self.kernels[name].freed})
         if not self.built:
             self._charge(-self.charged)
 
@@ -195,11 +190,9 @@ class Life:
         before, earlier = compat.memory_in_use(self.worker), self.built
         while lost := self._lost(self._ranked()):
             telling.without_copies(self, lost)
-            self.built = earlier
-            for name in self.kernels.keys() - earlier.keys():
-                self.kernels[name].copyable &= name not in lost
-                self.kernels[name].drop()
-            self._give_back()
+            for name in lost:
+                self.kernels[name].copyable = False
+            self._keep(earlier)
             self.offers = self._offers()
             self.plan = self._plan()
         if self.config.mode == "hard" and any(o.is_twin and name not in self.built for name, o in self.plan.twins.items()):
@@ -211,8 +204,11 @@ class Life:
         ranked = sorted(self.plan.twins.items(), key=lambda item: -item[1].saved_us / item[1].nbytes)
         return [(name, option.name) for name, option in ranked]
 
-    def _give_back(self) -> None:
-        """The memory of what was dropped, to the device."""
+    def _keep(self, built: dict[str, Built]) -> None:
+        """What these layers have; the others' goes, and its memory back to the device."""
+        self.built = built
+        for name in self.kernels.keys() - built.keys():
+            self.kernels[name].drop()
         if compat.device_of(self.worker).type != "cpu":
             compat.trim_pool(self.worker)
         compat.memory_in_use(self.worker)  # gives cached memory back
@@ -311,20 +307,18 @@ class Life:
 
     def _make_room(self, short: int) -> int:
         """Drop twins, the least valuable first, until `short` bytes are free. Returns the bytes freed, equal on all ranks."""
-        dropped, freed = [], 0
+        dropped: set[str] = set()
+        freed = 0
         for name in reversed([name for name in self.built if not self.kernels[name].freed]):
             if freed >= short:
                 break
-            dropped.append(name)
+            dropped.add(name)
             freed += self.built[name].nbytes
         if not freed:
             return 0
         if self.config.mode == "hard":
             raise BudgetError(f"mode hard: the KV floor is {short / GIB:.3f} GiB short with all twins", missing=short)
-        for name in dropped:
-            self.kernels[name].drop()
-            del self.built[name]
-        self._give_back()
+        self._keep({name: b for name, b in self.built.items() if name not in dropped})
         self._charge(-freed)
         log.warning("Twinweight dropped %d twins, %.3f GiB, to keep the KV floor of %d tokens", len(dropped), freed / GIB,
                     self.floor.tokens)  # fmt: skip

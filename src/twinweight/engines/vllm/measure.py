@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import MARGIN, Offer, TwinOption
 from twinweight.search import grid, time_variants
+from twinweight.timing import in_turn
 from twinweight.workload import Workload
 
 log = logging.getLogger("vllm.twinweight")
@@ -174,7 +174,7 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
     ready = _ready({name: timed[choice] for name, choice in ours.items()}, first)
-    calls = {INT4: _rotating(inners), **ready}
+    calls = {INT4: in_turn(inners), **ready}
     orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
     wrap = Graphs().replayed if device.type == "cuda" else None
     measured = time_variants(
@@ -343,8 +343,3 @@ class Given:
 
 def _inner(kernel: Wrapped, part: object) -> Callable[[Tensor], object]:
     return lambda x: kernel.inner.apply_weights(kernel.layer if part is None else part, x, None)
-
-
-def _rotating(calls: Sequence[Callable[[Tensor], object]]) -> Callable[[Tensor], object]:
-    turn = itertools.cycle(calls)
-    return lambda x: next(turn)(x)
