@@ -77,8 +77,13 @@ calls: Counter[tuple[int, int]] = Counter()
 graph do not pass through here: they count once, at capture."""
 
 
+def counted(path: int, m: int) -> tuple[int, int]:
+    """Where a call of m rows by a path counts in `calls`."""
+    return path, 1 << (m.bit_length() - 1) if m else 0
+
+
 def take(flat: Sequence[int], m: int) -> int:
     """The path for m rows, with the call counted; costs no synchronisation."""
     path = pick(flat, m)
-    calls[path, 1 << (m.bit_length() - 1) if m else 0] += 1
+    calls[counted(path, m)] += 1
     return path

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import random_weight
+from twinweight import paths
 from twinweight.engines.vllm import build, op, own
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.kernels import backend_for, gpu
@@ -33,16 +34,26 @@ class Permuting:
         self.true_bias = torch.randn(N).to(torch.bfloat16)
         self.layer = SimpleNamespace(bias=self.true_bias[order])
         self.inverse = torch.argsort(order)
-        self.route: list[int] = Route.always(Path.INT4).flat()
+        self.route = Route.always(Path.INT4).flat()
         self.own = backend_for(CPU).prepare(weight) if own else None
         self.twin: Tensor | None = None
         self.twin_scales: Tensor | None = None
+        self.twin_t: Tensor | None = None
         self.bias: Tensor | None = None
         self.config = SimpleNamespace(zero_points=False)
         self.inner = object()
         self.fresh = False
         self.inner_calls = 0
         self._allocated(twin)
+
+    @property
+    def route(self) -> list[int]:
+        return self._route
+
+    @route.setter
+    def route(self, flat: list[int]) -> None:
+        self._route = flat
+        self.steps: dict[int, op.Step] = {}
 
     def _allocated(self, twin: bool) -> None:
         kernel: Any = self
@@ -73,6 +84,53 @@ def test_every_path_adds_the_bias_that_the_inner_kernel_adds(path: Path, own: bo
     torch.testing.assert_close(op.run(kernel, x, None), expected - kernel.true_bias, rtol=0.02, atol=0.1)
     ours = twin if path is Path.TWIN else own and path is not Path.INNER
     assert (kernel.inner_calls == 0) is ours
+
+
+@pytest.mark.parametrize("path", list(Path))
+def test_a_number_of_rows_met_before_takes_the_same_path(path: Path) -> None:
+    """By what was kept of the first time, which x of another size, of more dimensions or under a profiler does not go by."""
+    kernel = Permuting(own=True, twin=True)
+    kernel.route = Route.always(path).flat()
+    x = torch.randn(4, K).to(torch.bfloat16)
+    before = paths.calls[path, 4]
+    first, again, turned = op.run(kernel, x, None), op.run(kernel, x, None), op.run(kernel, x.t().contiguous().t(), None)
+    assert torch.equal(first, again)
+    torch.testing.assert_close(turned, first, rtol=0.02, atol=0.1)
+    assert list(kernel.steps) == [4]
+    with torch.profiler.profile() as profile:
+        op.run(kernel, x, None)
+    assert f"twinweight::{path.name.lower()} 4x{N}x{K}" in {e.key for e in profile.key_averages()}
+    assert torch.equal(op.run(kernel, x[None], None)[0], first)
+    assert paths.calls[path, 4] - before == 5
+
+
+def test_a_number_of_rows_met_before_launches_what_was_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Permuting(own=True, twin=False)
+    kernel.route = Route.always(Path.FUSED).flat()
+    launched: list[Tensor] = []
+    kernel.steps[4] = op.Step(Path.FUSED, (Path.FUSED, 4), lambda x, w: launched.append(x) or x)
+    x = torch.randn(4, K).to(torch.bfloat16)
+    assert op.run(kernel, x, None) is x
+    odd = torch.empty(4 * K + 1, dtype=torch.bfloat16)[1:].view(4, K)
+    for other, bias in ((x, kernel.layer.bias), (x.t().contiguous().t(), None), (odd, None)):
+        op.run(kernel, other, bias)
+    kernel.own = None
+    op.run(kernel, x, None)
+    assert len(launched) == 1
+
+
+def test_the_twin_of_a_gpu_is_multiplied_as_it_lies() -> None:
+    """Where it was dropped, the inner kernel goes on."""
+    kernel = Permuting(own=False, twin=True)
+    kernel.route = Route.always(Path.TWIN).flat()
+    assert kernel.twin is not None
+    kernel.twin_t = (kernel.twin * 2).t()
+    x = torch.randn(4, K).to(torch.bfloat16)
+    expected = torch.nn.functional.linear(x, kernel.dense)
+    torch.testing.assert_close(op.run(kernel, x, None), expected, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(op.run(kernel, x, None), 2 * expected, rtol=0.02, atol=0.2)
+    kernel.twin = kernel.twin_t = None
+    torch.testing.assert_close(op.run(kernel, x, None), expected, rtol=0.02, atol=0.1)
 
 
 def test_our_kernels_agree_with_a_dense_product_on_every_path_of_the_route(monkeypatch: pytest.MonkeyPatch) -> None:

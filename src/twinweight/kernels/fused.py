@@ -205,13 +205,8 @@ def launch(
     tiles: Tiles | None,
     choose: Choose,
 ) -> Tensor:
-    """`fused_linear` with the tile choice of another path. What follows from shapes and dtypes alone is worked out once."""
-    key = (
-        choose, x.shape, x.stride(), x.dtype, x.get_device(), packed.shape, scales.shape, scales.dtype, zeros is None,
-        bias is None or (bias.shape, bias.dtype), out is None or (out.shape, out.stride(), out.dtype), group_size, tiles,
-        x.data_ptr() % 16,
-    )  # fmt: skip
-    found = plan(key, lambda: _plan(x, packed, scales, zeros, bias, group_size, out, tiles, choose))
+    """`fused_linear` with the tile choice of another path."""
+    found = planned(x, packed, scales, zeros, bias, group_size, out, tiles, choose)
     if out is None:
         out = x.new_empty(found.out_shape)
     if found.launch is not None:
@@ -219,6 +214,26 @@ def launch(
         locks = counters(x.device) if found.parts else None
         found.launch(x, packed, scales, zeros, bias, out, parts, locks)
     return out
+
+
+def planned(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    out: Tensor | None = None,
+    tiles: Tiles | None = None,
+    choose: Choose = fused_tiles,
+) -> Plan:
+    """What follows from the shapes and dtypes of a call alone, worked out once. Checks the tensors, as `fused_linear` says."""
+    key = (
+        choose, x.shape, x.stride(), x.dtype, x.get_device(), packed.shape, scales.shape, scales.dtype, zeros is None,
+        bias is None or (bias.shape, bias.dtype), out is None or (out.shape, out.stride(), out.dtype), group_size, tiles,
+        x.data_ptr() % 16,
+    )  # fmt: skip
+    return plan(key, lambda: _plan(x, packed, scales, zeros, bias, group_size, out, tiles, choose))
 
 
 def kernel_flags(t: DotTiles, group: int, packed_as: int, traits: DeviceTraits) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,25 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     x = x if w.perm is None else x.index_select(1, w.perm)
     y: Tensor = _triton().fused.fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
     return y
+
+
+def fused_again(x: Tensor, w: KernelWeight) -> Callable[[Tensor, KernelWeight], Tensor] | None:
+    """`fused_linear` without a bias, for other x and weights of exactly these sizes, x contiguous and aligned to 16 bytes: it
+    looks at nothing. None where that cannot be: in act-order, for another x, and where K is split, which needs scratch.
+    """
+    if w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
+        return None
+    plan = _triton().fused.planned(x, w.packed, w.scales, w.zeros, None, w.group_size)
+    if plan.launch is None or plan.parts:
+        return None
+    launch, shape = plan.launch, plan.out_shape
+
+    def again(x: Tensor, w: KernelWeight) -> Tensor:
+        out = x.new_empty(shape)
+        launch(x, w.packed, w.scales, w.zeros, None, out, None, None)
+        return out
+
+    return again
 
 
 def expand(w: KernelWeight, out: Tensor) -> None:

@@ -48,12 +48,13 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.dtype: torch.dtype = c.act_type
         self.twin: Tensor | None = None
         self.twin_scales: Tensor | None = None
+        self.twin_t: Tensor | None = None
         self.bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
         self.copyable = True
         self.freed = 0
-        self.route: list[int] = ONLY_INT4
+        self.route = ONLY_INT4
         self.handle: Tensor | None = None
         self.made: set[str] = set()
         self._layer: weakref.ref[nn.Module] | None = None
@@ -82,6 +83,17 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         return y
 
     @property
+    def route(self) -> list[int]:
+        """`Route.flat()`: which path serves which number of rows."""
+        return self._route
+
+    @route.setter
+    def route(self, flat: list[int]) -> None:
+        c = self.config
+        self._route = flat
+        self.steps = op.steps_of(tuple(flat), c.partition_weight_shape, c.act_type, c.group_size, c.zero_points)
+
+    @property
     def layer(self) -> Any:
         """The layer this kernel computes. Raises RuntimeError before its weights were processed."""
         layer = self._layer() if self._layer is not None else None
@@ -108,7 +120,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def drop(self) -> None:
         """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4
-        self.twin = self.twin_scales = self.bias = self.own = None
+        self.twin = self.twin_scales = self.twin_t = self.bias = self.own = None
         self.fresh = False
 
 

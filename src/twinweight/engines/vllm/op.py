@@ -12,31 +12,57 @@ vector loads (H200: decode of a 16-layer qwen3-32b 3 % slower).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, mm
 
 from twinweight import twin
-from twinweight.kernels import dense_linear, int4_path
+from twinweight.kernels import dense_linear, gpu, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import is_recording, labelled
-from twinweight.paths import Path, take
+from twinweight.paths import Path, calls, counted, take
 
 
 class Paths(Protocol):
-    """What the op asks of a kernel."""
+    """What the op asks of a kernel. twin_t: the exact twin as [K, N], on a GPU. steps: what its route leads to (`steps_of`)."""
 
     n: int
     route: list[int]
+    steps: dict[int, Step]
     twin: Tensor | None
     twin_scales: Tensor | None
+    twin_t: Tensor | None
     bias: Tensor | None
     own: KernelWeight | None
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By vLLM's own kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a number of rows leads to. counted: as in `paths.calls`. fused: that path without a bias, worked out already.
+
+    One prefill calls hundreds of layers, and whatever a call reads of Python has left the caches since the one before: it takes
+    five to ten times as long as in a loop. Layers that are alike share their steps, which are read once instead.
+    """
+
+    path: int
+    counted: tuple[int, int]
+    fused: Callable[[Tensor, KernelWeight], Tensor] | None
+
+
+_STEPS_KEPT = 4096  # numbers of rows
+
+_steps: dict[Hashable, dict[int, Step]] = {}
+
+
+def steps_of(*alike: Hashable) -> dict[int, Step]:
+    """The steps by number of rows that layers share which agree in all this: the route, and what the weight looks like."""
+    return _steps.setdefault(alike, {})
 
 
 _paths: dict[int, Callable[[], Paths | None]] = {}
@@ -66,16 +92,35 @@ def linear(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
     """x: [..., K] -> [..., N] by the path that the kernel's route names for the product of x's leading sizes."""
+    shape = x.shape
+    step = kernel.steps.get(shape[0]) if len(shape) == 2 else None
+    if step is None or is_recording():
+        return _first(kernel, x, bias)
+    calls[step.counted] += 1
+    if bias is None:
+        dense, weight = kernel.twin_t, kernel.own
+        if step.path == _TWIN and dense is not None:
+            return mm(x, dense)
+        if step.fused is not None and weight is not None and x.is_contiguous() and not x.data_ptr() & 15:
+            return step.fused(x, weight)
+    return _by(step.path, kernel, x, bias)
+
+
+def _first(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
+    """`run` for a number of rows not met before, which it keeps in mind; for x of more dimensions; and under a profiler."""
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
     path = take(kernel.route, m)
-    if is_recording():
-        with labelled(path, m, kernel.n, x.shape[-1]):
-            y = _by(path, kernel, rows, bias)
-    else:
+    with labelled(path, m, kernel.n, x.shape[-1]):
         y = _by(path, kernel, rows, bias)
-    return y if flat else y.view(*x.shape[:-1], kernel.n)
+    if not flat:
+        return y.view(*x.shape[:-1], kernel.n)
+    if len(kernel.steps) >= _STEPS_KEPT:
+        kernel.steps.clear()
+    again = gpu.fused_again(x, kernel.own) if path == Path.FUSED and kernel.own is not None and not x.is_cpu else None
+    kernel.steps[m] = Step(path, counted(path, m), again)
+    return y
 
 
 def _by(path: int, kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,5 +145,6 @@ def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
 
 _library = torch.library.Library("twinweight", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("vllm_linear(Tensor x, Tensor handle, Tensor? bias, int n) -> Tensor")  # type: ignore[no-untyped-call]
-_library.impl("vllm_linear", linear, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+for _key in ("CPU", "CUDA", "XPU"):  # ROCm's devices dispatch as CUDA; a key of its own is found sooner than a composite one
+    _library.impl("vllm_linear", linear, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("twinweight::vllm_linear", _fake, lib=_library)
