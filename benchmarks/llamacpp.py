@@ -81,38 +81,52 @@ def write(path: Path, config: dict, head: Type) -> None:
     out.close()
 
 
+class Model:
+    """A file that llama.cpp has loaded, with room for a prompt and tokens after it."""
+
+    def __init__(self, path: Path, threads: int, prompt: int, tokens: int) -> None:
+        self.prompt, self.tokens = prompt, tokens
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_threads, params.n_threads_batch = prompt + tokens + 8, threads, threads
+        params.n_batch = max(prompt, params.n_batch)
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.model or not self.context:
+            raise SystemExit(f"llama.cpp does not load {path}")
+
+    def request(self, seed: int, vocab: int) -> tuple[float, float]:
+        """Seconds of a prompt of random tokens, and the median of the tokens after it."""
+        ids = np.random.default_rng(seed).integers(0, vocab, self.prompt + self.tokens).tolist()
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        first = self._run(ids[: self.prompt])
+        return first, statistics.median(self._run([i]) for i in ids[self.prompt :])
+
+    def _run(self, ids: list[int]) -> float:
+        array = (ctypes.c_int32 * len(ids))(*ids)  # the batch does not keep it alive
+        batch = llama_cpp.llama_batch_get_one(array, len(ids))
+        start = time.perf_counter()
+        if llama_cpp.llama_decode(self.context, batch):
+            raise SystemExit("llama_decode failed")
+        llama_cpp.llama_synchronize(self.context)
+        return time.perf_counter() - start
+
+    def free(self) -> None:
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
+
 def measure(path: Path, threads: int, prompt: int, tokens: int, repeats: int, vocab: int) -> dict:
     """{"prefill_s", "token_ms"}: median, min and max over the repeats, each with a prompt of its own, after one uncounted.
 
     A repeat in which other processes took more than 5 % of the CPU's time is done again.
     """
-    options = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_threads, params.n_threads_batch = prompt + tokens + 8, threads, threads
-    params.n_batch = max(prompt, params.n_batch)
-    context = llama_cpp.llama_init_from_model(model, params)
-    if not model or not context:
-        raise SystemExit(f"llama.cpp does not load {path}")
-
-    def run(ids: list[int]) -> float:
-        array = (ctypes.c_int32 * len(ids))(*ids)  # the batch does not keep it alive
-        batch = llama_cpp.llama_batch_get_one(array, len(ids))
-        start = time.perf_counter()
-        if llama_cpp.llama_decode(context, batch):
-            raise SystemExit("llama_decode failed")
-        llama_cpp.llama_synchronize(context)
-        return time.perf_counter() - start
-
+    model = Model(path, threads, prompt, tokens)
     prefill, token = [], []
     repeat, tries = -1, 0
     while repeat < repeats:
         tries += 1
         wall, own, before = time.perf_counter(), time.process_time(), busy_seconds()
-        ids = np.random.default_rng(repeat + 2).integers(0, vocab, prompt + tokens).tolist()
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        first = run(ids[:prompt])
-        each = statistics.median(run([i]) for i in ids[prompt:])
+        first, each = model.request(repeat + 2, vocab)
         others = (busy_seconds() - before) - (time.process_time() - own)
         if repeat >= 0 and others > 0.05 * (time.perf_counter() - wall) * (os.cpu_count() or 1) and tries < 40 * repeats:
             time.sleep(2)  # other processes ran meanwhile: once more
@@ -121,8 +135,7 @@ def measure(path: Path, threads: int, prompt: int, tokens: int, repeats: int, vo
             prefill.append(first)
             token.append(each * 1e3)
         repeat += 1
-    llama_cpp.llama_free(context)
-    llama_cpp.llama_model_free(model)
+    model.free()
     return {"prefill_s": summary(prefill), "token_ms": summary(token)}
 
 
