@@ -61,6 +61,7 @@ class Layer:
         self.n, self.route, self.own = SIZE, paths.Route.always(path).flat(), layer.kernel_weight
         self.steps: dict[int, vllm_op.Step] = {}
         self.twin, self.twin_scales, self.bias = layer.twin, None, None
+        self.scales_t = None
         self.twin_t = layer.twin.t() if layer.twin is not None and not layer.twin.is_cpu else None
 
 

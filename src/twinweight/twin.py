@@ -7,7 +7,7 @@ bits in every call; `fp8-row` and `int8` round the weight as well. A dense twin 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -158,6 +158,26 @@ def linear(x: Tensor, data: Tensor, scales: Tensor | None, bias: Tensor | None) 
     from twinweight.kernels import fp8
 
     return (fp8.row_linear if scales.dim() == 1 else fp8.exact_linear)(x, data, scales, bias)
+
+
+def turned(data: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A GPU's twin as its products take it, [K, N]: views."""
+    if scales is None:
+        return data.t(), None
+    from twinweight.kernels import fp8
+
+    return fp8.turned(data, scales)
+
+
+def again(x: Tensor, data: Tensor, scales: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """`linear` on a GPU's 8-bit twin, `turned`, without a bias, for other x of exactly this size, contiguous and aligned to 16
+    bytes: it looks at nothing. None where that cannot be, or for this x.
+    """
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        return None
+    from twinweight.kernels import fp8
+
+    return fp8.row_again(x) if scales.dim() == 1 else fp8.exact_again(x)
 
 
 def dequantize(data: Tensor, scales: Tensor | None) -> Tensor:

@@ -39,6 +39,7 @@ class Permuting:
         self.twin: Tensor | None = None
         self.twin_scales: Tensor | None = None
         self.twin_t: Tensor | None = None
+        self.scales_t: Tensor | None = None
         self.bias: Tensor | None = None
         self.config = SimpleNamespace(zero_points=False)
         self.inner = object()
@@ -104,19 +105,27 @@ def test_a_number_of_rows_met_before_takes_the_same_path(path: Path) -> None:
     assert paths.calls[path, 4] - before == 5
 
 
-def test_a_number_of_rows_met_before_launches_what_was_worked_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = Permuting(own=True, twin=False)
-    kernel.route = Route.always(Path.FUSED).flat()
-    launched: list[Tensor] = []
-    kernel.steps[4] = op.Step(Path.FUSED, (Path.FUSED, 4), lambda x, w: launched.append(x) or x)
+@pytest.mark.parametrize("path", [Path.FUSED, Path.TWIN])
+def test_a_number_of_rows_met_before_launches_what_was_worked_out(path: Path) -> None:
+    """From an own weight or, in 8 bits, from the twin; nothing else than a call that it fits, and nothing that is gone."""
+    kernel = Permuting(own=path is Path.FUSED, twin=path is Path.TWIN)
+    kernel.route = Route.always(path).flat()
+    weight: Any = (kernel.own,)
+    if path is Path.TWIN:
+        assert kernel.twin is not None
+        data, scales = (kernel.twin * 16).to(torch.int8), torch.full((N,), 1 / 16)
+        kernel.twin, kernel.twin_scales = data, scales
+        weight = kernel.twin_t, kernel.scales_t = data.t(), scales[None]
+    launched: list[Any] = []
+    kernel.steps[4] = op.Step(path, (path, 4), lambda x, *w: launched.append(w) or x)
     x = torch.randn(4, K).to(torch.bfloat16)
     assert op.run(kernel, x, None) is x
     odd = torch.empty(4 * K + 1, dtype=torch.bfloat16)[1:].view(4, K)
     for other, bias in ((x, kernel.layer.bias), (x.t().contiguous().t(), None), (odd, None)):
         op.run(kernel, other, bias)
-    kernel.own = None
+    kernel.own = kernel.twin = kernel.twin_t = None
     op.run(kernel, x, None)
-    assert len(launched) == 1
+    assert launched == [weight]
 
 
 def test_the_twin_of_a_gpu_is_multiplied_as_it_lies() -> None:

@@ -104,6 +104,34 @@ def test_linear(m: int, bias: bool, dtype: torch.dtype) -> None:
         assert float((y.double() - truth).norm() / truth.norm()) < 0.05
 
 
+@pytest.mark.parametrize("kind", ["fp8-row", "fp8-exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_what_was_worked_out_serves_other_x(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product itself, where no GPU has it, is that of what it is given."""
+
+    def product(x: torch.Tensor, w: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, **_: object) -> torch.Tensor:
+        a, b = scale_a.repeat_interleave(256 // scale_a.shape[1], 1), scale_b.repeat_interleave(256 // scale_b.shape[0], 0)
+        return ((x.float() * a) @ (w.float() * b)).bfloat16()
+
+    if not HAS_FP8:
+        monkeypatch.setattr(torch, "_scaled_mm", product)
+        monkeypatch.setattr(fp8, "_gives_fp16", lambda device: False)
+    weight = gpu.prepare(random_weight(32, 256, 128, dtype).to(DEVICE))
+    data, scales = twin.empty(kind, 32, 256, DEVICE)
+    twin.fill(weight, data, scales)
+    assert scales is not None
+    again = twin.again(random(8, 256, dtype), data, scales)
+    assert again is not None
+    x = random(8, 256, dtype)
+    y = again(x, *twin.turned(data, scales))
+    assert y.dtype == dtype
+    assert torch.equal(y, twin.linear(x, data, scales, None))
+    if kind == "fp8-exact":
+        assert twin.again(random(7, 256, dtype), data, scales) is None  # its rows are padded
+    assert twin.again(random(256, 8, dtype).t(), data, scales) is None
+    assert twin.again(random(0, 256, dtype), data, scales) is None
+
+
 def test_a_twin_from_the_dense_weight_is_the_same() -> None:
     weight = random_weight(96, 256, 128).to(DEVICE)
     found, again = (twin.empty("fp8-row", 96, 256, DEVICE) for _ in range(2))

@@ -34,6 +34,24 @@ def test_every_path_computes_the_same_weight(symmetric: bool, act_order: bool) -
     assert gpu.twin_bytes(48, 96, torch.float16, DEVICE) == twin.untyped_storage().nbytes()
 
 
+def test_fused_again_serves_other_x_and_weights() -> None:
+    weights = [gpu.prepare(random_weight(256, 128, 64, torch.float16).to(DEVICE)) for _ in range(2)]
+    x, other = (torch.randn(300, 128, device=DEVICE).half() for _ in range(2))
+    again = gpu.fused_again(x, weights[0])
+    assert again is not None
+    for w in weights:
+        assert torch.equal(again(other, w), gpu.fused_linear(other, w, None))
+
+
+def test_fused_again_is_not_for_every_call() -> None:
+    weight = random_weight(256, 128, 64, torch.float16).to(DEVICE)
+    x, w = torch.randn(300, 128, device=DEVICE).half(), gpu.prepare(weight)
+    assert gpu.fused_again(x.t().contiguous().t(), w) is None
+    assert gpu.fused_again(torch.randn(300 * 128 + 1, device=DEVICE).half()[1:].view(300, 128), w) is None
+    assert gpu.fused_again(x[:0], w) is None
+    assert gpu.fused_again(x, gpu.prepare(random_weight(256, 128, 64, torch.float16, act_order=True).to(DEVICE))) is None
+
+
 def test_scales_that_are_an_odd_view_are_moved() -> None:
     weight = random_weight(16, 64, 32, torch.bfloat16, True).to(DEVICE)
     odd = torch.cat((weight.scales.flatten()[:1], weight.scales.flatten()))[1:].view_as(weight.scales)

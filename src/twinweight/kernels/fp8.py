@@ -11,6 +11,7 @@ and [1, N], scales of groups with neighbouring rows side by side.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -102,8 +103,7 @@ def quantize_rows(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
 
     out: e4m3 [M, K], contiguous, to write into; or None. Raises ValueError for another dtype or shape.
     """
-    # What the key says is checked when a plan is made.
-    launch = plan((quantize_rows, x.shape, x.stride(), x.dtype, x.get_device()), lambda: _rows_plan(x)).launch
+    launch = _known(_rows_plan, x).launch
     if out is None:
         out = x.new_empty(x.shape, dtype=E4M3)
     elif out.shape != x.shape or out.dtype != E4M3 or not out.is_contiguous():
@@ -113,6 +113,11 @@ def quantize_rows(x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]
     if launch is not None:
         launch(x, out, scale)
     return out, scale
+
+
+def _known(make: Callable[[Tensor], Plan], x: Tensor) -> Plan:
+    """What the key says is checked when a plan is made."""
+    return plan((make, x.shape, x.stride(), x.dtype, x.get_device()), lambda: make(x))
 
 
 def _rows_plan(x: Tensor) -> Plan:
@@ -131,7 +136,7 @@ def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     R is M, or the next multiple of 4, which the product wants of the scales; rows past M are zeros.
     Raises ValueError for another dtype or K.
     """
-    launch = plan((quantize_groups, x.shape, x.stride(), x.dtype, x.get_device()), lambda: _groups_plan(x)).launch
+    launch = _known(_groups_plan, x).launch
     m, k = x.shape
     rows = -(-m // _SCALE_ROWS) * _SCALE_ROWS
     out = x.new_empty((rows, k), dtype=E4M3)
@@ -198,21 +203,70 @@ def exact_twin(
     return out, wide
 
 
+def turned(data: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """A twin as products take it, views: data [K, N], scales [1, N] or [K / 128, N]."""
+    return data.t(), scales.unsqueeze(0) if scales.dim() == 1 else scales.t()
+
+
 def row_linear(x: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x: bf16 or fp16 [M, K] -> [M, N] of x's dtype on a `row_twin`. K and N are multiples of 16. Both sides are rounded."""
     quantized, scale = quantize_rows(x)
-    out_dtype = x.dtype if x.dtype == torch.bfloat16 or _gives_fp16(x.device) else torch.bfloat16
-    y = torch._scaled_mm(
-        quantized, data.t(), scale_a=scale.unsqueeze(1), scale_b=scales.unsqueeze(0), out_dtype=out_dtype, use_fast_accum=True
-    )
-    return _finish(y, bias, x.dtype)
+    return _finish(_row_product(quantized, scale.unsqueeze(1), *turned(data, scales), _row_dtype(x)), bias, x.dtype)
 
 
 def exact_linear(x: Tensor, data: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x: bf16 or fp16 [M, K] -> [M, N] of x's dtype on an `exact_twin`. N is a multiple of 16. Only x is rounded."""
     quantized, scale = quantize_groups(x)
-    y = torch._scaled_mm(quantized, data.t(), scale, scales.t(), out_dtype=torch.bfloat16)
-    return _finish(y[: x.shape[0]], bias, x.dtype)
+    return _finish(_exact_product(quantized, scale, *turned(data, scales))[: x.shape[0]], bias, x.dtype)
+
+
+Again = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, and a twin as `turned`) -> y."""
+
+
+def row_again(x: Tensor) -> Again | None:
+    """`row_linear` without a bias for other x of exactly this size, contiguous and aligned to 16 bytes: it looks at nothing.
+    None for an empty x.
+    """
+    launch, shape, scale_shape, dtype = _known(_rows_plan, x).launch, x.shape, (x.shape[0], 1), _row_dtype(x)
+    if launch is None:
+        return None
+
+    def again(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+        quantized, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(scale_shape, dtype=torch.float32)
+        launch(x, quantized, scale)
+        y = _row_product(quantized, scale, data, scales, dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return again
+
+
+def exact_again(x: Tensor) -> Again | None:
+    """As `row_again`, of `exact_linear`; None also where rows are padded."""
+    made = _known(_groups_plan, x)
+    launch, shape, scale_shape = made.launch, made.out_shape, (x.shape[1] // GROUP, x.shape[0])
+    if launch is None or shape != x.shape:
+        return None
+
+    def again(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+        quantized, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(scale_shape, dtype=torch.float32)
+        launch(x, quantized, scale)
+        y = _exact_product(quantized, scale.t(), data, scales)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    return again
+
+
+def _row_product(x: Tensor, x_scale: Tensor, data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch._scaled_mm(x, data, scale_a=x_scale, scale_b=scales, out_dtype=dtype, use_fast_accum=True)
+
+
+def _exact_product(x: Tensor, x_scale: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+    return torch._scaled_mm(x, data, x_scale, scales, out_dtype=torch.bfloat16)
+
+
+def _row_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.bfloat16 or _gives_fp16(x.device) else torch.bfloat16
 
 
 @cache

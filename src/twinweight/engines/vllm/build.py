@@ -31,8 +31,8 @@ def allocate(kernel: Wrapped, form: str) -> bool:
     device, kind = kernel.device, measure.twin_of(form)
     if kind is not None:
         kernel.twin, kernel.twin_scales = twins.empty(kind, kernel.n, kernel.k, device)
-        if kernel.twin_scales is None and device.type != "cpu":
-            kernel.twin_t = kernel.twin.t()
+        if device.type != "cpu":
+            kernel.twin_t, kernel.scales_t = twins.turned(kernel.twin, kernel.twin_scales)
     if getattr(kernel.layer, "bias", None) is not None:
         kernel.bias = torch.empty(kernel.n, dtype=kernel.dtype, device=device)
     kernel.fresh = False

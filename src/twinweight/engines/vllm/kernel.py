@@ -12,6 +12,7 @@ from vllm.model_executor.kernels.linear import MPLinearKernel
 from twinweight.engines.vllm import build, compat, op, own
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, Route
+from twinweight.twin import kind_of
 
 ONLY_INT4 = Route.always(Path.INT4).flat()
 
@@ -49,6 +50,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.twin: Tensor | None = None
         self.twin_scales: Tensor | None = None
         self.twin_t: Tensor | None = None
+        self.scales_t: Tensor | None = None
         self.bias: Tensor | None = None
         self.own: KernelWeight | None = None
         self.fresh = False
@@ -89,9 +91,9 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
 
     @route.setter
     def route(self, flat: list[int]) -> None:
-        c = self.config
+        c, kind = self.config, kind_of(self.twin, self.twin_scales) if self.twin is not None else None
         self._route = flat
-        self.steps = op.steps_of(tuple(flat), c.partition_weight_shape, c.act_type, c.group_size, c.zero_points)
+        self.steps = op.steps_of(tuple(flat), kind, c.partition_weight_shape, c.act_type, c.group_size, c.zero_points)
 
     @property
     def layer(self) -> Any:
@@ -120,7 +122,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     def drop(self) -> None:
         """Free all that is derived; the layer goes on with the inner kernel."""
         self.route = ONLY_INT4
-        self.twin = self.twin_scales = self.twin_t = self.bias = self.own = None
+        self.twin = self.twin_scales = self.twin_t = self.scales_t = self.bias = self.own = None
         self.fresh = False
 
 

@@ -27,7 +27,9 @@ from twinweight.paths import Path, calls, counted, take
 
 
 class Paths(Protocol):
-    """What the op asks of a kernel. twin_t: the exact twin as [K, N], on a GPU. steps: what its route leads to (`steps_of`)."""
+    """What the op asks of a kernel. twin_t, scales_t: the twin as products take it, on a GPU (`twin.turned`). steps: what its
+    route leads to (`steps_of`).
+    """
 
     n: int
     route: list[int]
@@ -35,6 +37,7 @@ class Paths(Protocol):
     twin: Tensor | None
     twin_scales: Tensor | None
     twin_t: Tensor | None
+    scales_t: Tensor | None
     bias: Tensor | None
     own: KernelWeight | None
 
@@ -44,7 +47,8 @@ class Paths(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a number of rows leads to. counted: as in `paths.calls`. fused: that path without a bias, worked out already.
+    """What a number of rows leads to. counted: as in `paths.calls`. again: the path without a bias, worked out already: `fused`
+    (x, own weight) or an 8-bit twin (x, data, scales).
 
     One prefill calls hundreds of layers, and whatever a call reads of Python has left the caches since the one before: it takes
     five to ten times as long as in a loop. Layers that are alike share their steps, which are read once instead.
@@ -52,7 +56,7 @@ class Step:
 
     path: int
     counted: tuple[int, int]
-    fused: Callable[[Tensor, KernelWeight], Tensor] | None
+    again: Callable[..., Tensor] | None
 
 
 _STEPS_KEPT = 4096  # numbers of rows
@@ -98,11 +102,14 @@ def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
         return _first(kernel, x, bias)
     calls[step.counted] += 1
     if bias is None:
-        dense, weight = kernel.twin_t, kernel.own
-        if step.path == _TWIN and dense is not None:
-            return mm(x, dense)
-        if step.fused is not None and weight is not None and x.is_contiguous() and not x.data_ptr() & 15:
-            return step.fused(x, weight)
+        twin_t, again = kernel.twin_t, step.again
+        if step.path == _TWIN and twin_t is not None and kernel.twin_scales is None:
+            return mm(x, twin_t)
+        if again is not None and x.is_contiguous() and not x.data_ptr() & 15:
+            if step.path != _TWIN and (weight := kernel.own) is not None:
+                return again(x, weight)
+            if step.path == _TWIN and twin_t is not None:
+                return again(x, twin_t, kernel.scales_t)
     return _by(step.path, kernel, x, bias)
 
 
@@ -118,9 +125,15 @@ def _first(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
         return y.view(*x.shape[:-1], kernel.n)
     if len(kernel.steps) >= _STEPS_KEPT:
         kernel.steps.clear()
-    again = gpu.fused_again(x, kernel.own) if path == Path.FUSED and kernel.own is not None and not x.is_cpu else None
-    kernel.steps[m] = Step(path, counted(path, m), again)
+    kernel.steps[m] = Step(path, counted(path, m), None if x.is_cpu else _again(path, kernel, x))
     return y
+
+
+def _again(path: int, kernel: Paths, x: Tensor) -> Callable[..., Tensor] | None:
+    """Of `Step`."""
+    if path == _TWIN and kernel.twin is not None and kernel.twin_scales is not None:
+        return twin.again(x, kernel.twin, kernel.twin_scales)
+    return gpu.fused_again(x, kernel.own) if path == Path.FUSED and kernel.own is not None else None
 
 
 def _by(path: int, kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
