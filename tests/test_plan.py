@@ -2,9 +2,12 @@ import dataclasses
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twinweight import twins
+from twinweight.crossover import Crossovers, Shape
 from twinweight.errors import BudgetError, ConfigError
 from twinweight.plan import Budget, Mode, TwinCandidate, TwinOption, check_mode, choose, plan
 from twinweight.workload import Workload
@@ -135,6 +138,16 @@ def test_the_workload_decides_whether_a_twin_pays() -> None:
     assert plan(weights, budget(100), {}, Workload.prefill(), "off").twins == {}
 
 
+def test_an_int4_head_gets_no_twin_in_the_embedded_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a prompt it multiplies the last row."""
+    shape = Shape(64, 64, 64, True, False, torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setattr(twins, "costs_of", lambda *_: Linear())
+    shapes = {"model.layers.0.mlp.down_proj": shape, "lm_head": shape, "language_model.lm_head": shape}
+    for mode in ("soft", "hard"):
+        found = twins.decide(shapes, budget(100), mode, Crossovers(store=None))
+        assert list(found.twins) == ["model.layers.0.mlp.down_proj"]
+
+
 @pytest.mark.parametrize("mode", ["off", "soft", "hard"])
 def test_where_no_weight_is_int4_nothing_is_planned(mode: Mode) -> None:
     found = plan({}, budget(100), {}, Workload.prefill(), mode)
@@ -189,9 +202,9 @@ def test_only_calls_that_a_twin_serves_count_against_it() -> None:
 def test_where_memory_is_short_twins_that_save_much_are_built() -> None:
     """Four twins of 10 bytes, room for one: each saves an eighth of the time, and would take all of the cache."""
     offers = {"much": Timed(100.0, 50.0), "little": Timed(100.0, 19.0)}
-    for kind, twins in (("much", 1), ("little", 0)):
+    for kind, count in (("much", 1), ("little", 0)):
         found = plan(dict.fromkeys("abcd", kind), budget(10), offers, Workload.prefill(2048), "soft")
-        assert (len(found.twins), len(found.missed)) == (twins, 3 * twins)
+        assert (len(found.twins), len(found.missed)) == (count, 3 * count)
 
 
 def test_twins_leave_some_cache_where_nobody_says_how_much_is_needed() -> None:

@@ -160,7 +160,7 @@ class Costs:
     """What one kind of weight could be held as, and what each form would save: the `Offer` of measured times.
 
     base: the weight without anything more. n: output features of the weight, of which `measured.n` were timed. least: decode
-    kernels serve all calls of fewer rows.
+    kernels serve all calls of fewer rows. most: rows of a call of the weight, whatever the workload's; 0: as many as those.
     """
 
     measured: Measured
@@ -168,6 +168,7 @@ class Costs:
     forms: tuple[Form, ...]
     n: int
     least: int = 0
+    most: int = 0
     _solved: dict[Form, tuple[tuple[int, str], ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def route(self, form: Form | None = None) -> Route:
@@ -184,7 +185,8 @@ class Costs:
         """Of each of the workload's calls: its share of the seconds of an average one, and the choice that serves it."""
         pieces = self._pieces(form or self.base)
         found = []
-        for m, share in workload.calls:
+        for rows, share in workload.calls:
+            m = min(rows, self.most or rows)
             choice = next(c for start, c in reversed(pieces) if start <= m)
             found.append((share * self.measured.time_at(choice, m) * self.n / self.measured.n, choice))
         return found

@@ -17,7 +17,7 @@ from twinweight.measured import Costs, Form, Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, Budget, Mode, Plan, plan
-from twinweight.workload import Workload
+from twinweight.workload import Workload, is_head
 
 log = logging.getLogger("twinweight")
 
@@ -86,11 +86,13 @@ def decide(
 ) -> Plan:
     """Measure what is not yet measured and choose twins; says once where `soft` leaves some out, or where 8 bits do not go.
 
-    workload: the rows of calls to choose for; None is `Workload.prefill()`. request: 8-bit kinds besides (`twin.REQUESTS`).
+    workload: the rows of calls to choose for; None is `Workload.prefill()`. request: 8-bit kinds besides (`twin.REQUESTS`). An
+    int4 output head gets no twin: of a prompt it multiplies the last row.
     Raises BudgetError in mode `hard` where not all fit.
     """
     if mode == "off":
         return Plan(mode, budget, {}, {})
+    shapes = {name: shape for name, shape in shapes.items() if not is_head(name)}
     distinct = {shape: lossy_kinds(shape, request) for shape in dict.fromkeys(shapes.values())}
     dense = [shape for shape in shapes.values() if request != "dense" and not distinct[shape][0]]
     if dense:

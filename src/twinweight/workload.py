@@ -14,6 +14,9 @@ from twinweight.errors import ConfigError, reason
 DEFAULT_ROWS = 2048
 """A prefill of this many rows stands for a workload that nobody described."""
 
+HEAD_ROWS = 8
+"""Rows of an output head's calls, at most: of a prompt it multiplies the last one, and so of a step as many as prompts end."""
+
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
 _LINE = re.compile(
     rf"^twinweight_calls_total\{{(?P<labels>[^}}]*)\}}[ \t]+(?P<value>{_NUMBER})(?:[ \t]+-?[0-9]+)?[ \t]*$", re.MULTILINE
@@ -66,6 +69,11 @@ class Workload:
         steps = output_tokens * len(lengths) / concurrency
         counts[concurrency] = counts.get(concurrency, 0) + steps
         return Workload.of(counts)
+
+
+def is_head(name: str) -> bool:
+    """Whether a weight of this name is a model's output head."""
+    return name.rpartition(".")[2] == "lm_head"
 
 
 def from_metrics(file: Path, chunk: int | None = None) -> Workload:

@@ -20,7 +20,7 @@ from twinweight.kernels.tiles import AmpereTiles, DeviceTraits, HopperTiles, fus
 from twinweight.measured import Measured
 from twinweight.search import grid
 from twinweight.timing import Timing
-from twinweight.workload import Workload
+from twinweight.workload import HEAD_ROWS, Workload
 
 N, K = 256, 512
 
@@ -31,8 +31,9 @@ def layer(device: str) -> Any:
         weight_type=SimpleNamespace(size_bits=4), zero_points=False, has_g_idx=False, group_size=128, act_type=torch.bfloat16
     )
     return SimpleNamespace(
-        n=N, k=K, device=torch.device(device), config=config, dtype=torch.bfloat16, inner=object(), copyable=True
-    )
+        n=N, k=K, device=torch.device(device), config=config, dtype=torch.bfloat16, inner=object(), copyable=True,
+        layer=SimpleNamespace(),
+    )  # fmt: skip
 
 
 def measured(**times: list[float]) -> Measured:
@@ -114,6 +115,34 @@ def test_a_copy_does_without_the_inner_kernel_where_that_costs_little(
     assert (changed.forms[0], changed.forms[2]) == (offer.forms[0], offer.forms[2])
     given = measure.offer(layer("cuda"), None, 9, 0)
     assert measure.without_inner(given, Workload.of(calls)) == given
+
+
+def test_an_output_head_gets_a_copy_for_decode_and_no_twin_for_prompts() -> None:
+    """Of a prompt it multiplies the last row, of a step of many rows as many as prompts end in it."""
+    head, other = layer("cuda"), layer("cuda")
+    head.layer.org_vocab_size = N
+    assert measure.kind_of(head) != measure.kind_of(other)
+    assert measure.kind_of(head).timed == measure.kind_of(other)
+    assert measure.kind_of(head).key == measure.kind_of(other).key
+    chunks = Workload.prefill(1024)
+    found = {name: measure.offer(kernel, machete(), None, 0) for name, kernel in (("head", head), ("other", other))}
+    twin, copy, both = found["head"].options(chunks)
+    assert (twin.saved_us, both.saved_us) == (0, copy.saved_us)
+    assert found["head"].options(chunks) == found["other"].options(Workload.prefill(HEAD_ROWS))
+    assert found["other"].options(chunks)[0].saved_us > 0
+    assert found["head"].gains(chunks).keys() == {1024}
+    assert found["head"].route(found["head"].forms[0]) == found["other"].route(found["other"].forms[0])
+    assert measure.offer(head, None, 9, 0).forms == ()
+    assert measure.offer(other, None, 9, 0).forms != ()
+
+
+def test_a_head_does_without_the_inner_kernel_only_where_it_may_at_all_rows() -> None:
+    head = layer("cuda")
+    head.layer.org_vocab_size = N
+    times = measured(int4=[30, 30, 60, 100, 200], own=[20, 28, 99, 400, 800], fused=[25, 28, 80, 200, 360], stream=[150] * 5)
+    offer = measure.offer(head, times, None, 0)
+    changed = measure.without_inner(offer, Workload.of({1: 1.0}))
+    assert changed.forms == offer.forms
 
 
 def test_a_drafting_server_decodes_by_decode_kernels() -> None:

@@ -121,7 +121,7 @@ class Life:
         if self.config.crossover is None and compat.rank() == 0:
             layers: dict[Kind, list[TwinLinearKernel]] = {}
             for kernel in self.kernels.values():
-                layers.setdefault(kind_of(kernel), []).append(kernel)
+                layers.setdefault(kind_of(kernel).timed, []).append(kernel)
             try:
                 found = measure.known_or_measured(layers, self._lossy, cache.default(), compat.chunk(self.worker))
             except Exception:  # the other ranks wait, and a server can do without

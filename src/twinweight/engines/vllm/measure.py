@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +29,7 @@ from twinweight.paths import Path, Route
 from twinweight.plan import MARGIN, Offer, TwinOption
 from twinweight.search import grid, time_variants
 from twinweight.timing import in_turn
-from twinweight.workload import Workload
+from twinweight.workload import HEAD_ROWS, Workload
 
 log = logging.getLogger("vllm.twinweight")
 
@@ -72,7 +73,9 @@ _SETTINGS = ("VLLM_HUMMING_USE_F16_ACCUM", "VLLM_MARLIN_USE_ATOMIC_ADD")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a measurement holds for: two layers of equal `Kind` run at equal speed. copyable: as in `Wrapped`."""
+    """What a measurement holds for: two layers of equal `Kind` run at equal speed. copyable: as in `Wrapped`. most: rows of
+    its calls, 0 for as many as a step has.
+    """
 
     n: int
     k: int
@@ -84,6 +87,7 @@ class Kind:
     inner: str
     settings: str = ""
     copyable: bool = True
+    most: int = 0
 
     def __str__(self) -> str:
         return f"{self.n}x{self.k} ({self.inner})"
@@ -91,13 +95,13 @@ class Kind:
     @property
     def key(self) -> dict[str, object]:
         """What the cache knows it by."""
-        fields = {name: value for name, value in asdict(self).items() if name != "copyable"}
+        fields = {name: value for name, value in asdict(self).items() if name not in ("copyable", "most")}
         return {"engine": "vllm", **fields, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def timed(self) -> Kind:
-        """The kind as it was timed, with a copy."""
-        return replace(self, copyable=True)
+        """The kind as it was timed, with a copy and for any rows."""
+        return replace(self, copyable=True, most=0)
 
 
 def kind_of(kernel: Wrapped) -> Kind:
@@ -106,8 +110,13 @@ def kind_of(kernel: Wrapped) -> Kind:
     settings = ",".join(f"{name}={value}" for name in _SETTINGS if (value := os.environ.get(name)))
     return Kind(
         kernel.n, kernel.k, c.group_size, str(c.weight_type), c.zero_points, getattr(c, "has_g_idx", False), kernel.dtype,
-        type(kernel.inner).__name__, settings, kernel.copyable,
+        type(kernel.inner).__name__, settings, kernel.copyable, _most(kernel),
     )  # fmt: skip
+
+
+def _most(kernel: Wrapped) -> int:
+    """Of `Kind`; an output head is a `ParallelLMHead`."""
+    return HEAD_ROWS if hasattr(kernel.layer, "org_vocab_size") else 0
 
 
 def known_or_measured(
@@ -124,9 +133,13 @@ def known_or_measured(
             found[kind] = known
     new = {kind: same for kind, same in layers.items() if kind not in found}
     if any(first.device.type != "cpu" for first, *_ in new.values()):
+        began = time.perf_counter()
         compile_together(call for first, *_ in new.values() for call in _launches(first, most))
+        log.debug("Twinweight: kernels compiled, or found so, in %.1f s", time.perf_counter() - began)
     for kind, same in new.items():
+        began = time.perf_counter()
         found[kind] = measure(same, lossy(same[0]), SECONDS / len(new))
+        log.debug("Twinweight: %s timed in %.1f s", kind, time.perf_counter() - began)
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
         if store is not None and found[kind].whole:
             store.write(_key(kind, same), same[0].device, found[kind], vllm=vllm)
@@ -254,10 +267,10 @@ def twin_of(form: str) -> str | None:
     return next((part for part in form.split("+") if part != OWN), None)
 
 
-def costs(measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True) -> Costs:
-    """The `Offer` of measured times. Of these forms, those that were timed. n, least: as in `Costs`."""
+def costs(measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True, most: int = 0) -> Costs:
+    """The `Offer` of measured times. Of these forms, those that were timed. n, least, most: as in `Costs`."""
     timed = tuple(f for f in forms if set(f.choices) <= set(measured.times))
-    return Costs(in_a_server(measured) if on_gpu else measured, Form("none", 0, (INT4,)), timed, n, least)
+    return Costs(in_a_server(measured) if on_gpu else measured, Form("none", 0, (INT4,)), timed, n, least, most)
 
 
 def in_a_server(measured: Measured) -> Measured:
@@ -277,10 +290,10 @@ def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: i
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
     twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
     """
-    offered = forms_of(kernel, lossy)
+    offered, most = forms_of(kernel, lossy), _most(kernel)
     if measured is not None:
-        return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu")
-    given = tuple(f for f in offered if not f.paths) if rows is not None else ()
+        return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu", most=most)
+    given = tuple(f for f in offered if not f.paths) if rows is not None and not most else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 
 
@@ -300,11 +313,11 @@ def _by_ours_alone(costs: Costs, form: Form, workload: Workload) -> Form:
     choices, paths = zip(*((c, p) for c, p in zip(form.choices, form.paths, strict=True) if p != Path.INNER), strict=True)
     alone = replace(form, choices=choices, paths=paths)
 
-    def within(factor: float, calls: Workload) -> bool:
+    def within(factor: float, calls: Workload, costs: Costs) -> bool:
         return costs.seconds(alone, calls) <= factor * costs.seconds(form, calls)
 
-    close = all(within(_SPARED, Workload.of({m: 1.0})) for m in costs.measured.ms)
-    return alone if close and within(1 + MARGIN, workload) else form
+    close = all(within(_SPARED, Workload.of({m: 1.0}), replace(costs, most=0)) for m in costs.measured.ms)
+    return alone if close and within(1 + MARGIN, workload, costs) else form
 
 
 class Offered(Offer, Protocol):
