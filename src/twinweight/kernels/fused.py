@@ -46,6 +46,8 @@ from .unpack import (
 )
 
 Tiles = DotTiles | AmpereTiles | HopperTiles
+Weight = tuple[Tensor, Tensor, Tensor | None]
+"""packed, scales, zeros."""
 Choose = Callable[[int, int, int, int, DeviceTraits, bool], Tiles]
 
 
@@ -206,7 +208,7 @@ def launch(
     choose: Choose,
 ) -> Tensor:
     """`fused_linear` with the tile choice of another path."""
-    found = planned(x, packed, scales, zeros, bias, group_size, out, tiles, choose)
+    found = planned(x, (packed, scales, zeros), bias, group_size, out, tiles, choose)
     if out is None:
         out = x.new_empty(found.out_shape)
     if found.launch is not None:
@@ -217,17 +219,10 @@ def launch(
 
 
 def planned(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    out: Tensor | None = None,
-    tiles: Tiles | None = None,
-    choose: Choose = fused_tiles,
+    x: Tensor, weight: Weight, bias: Tensor | None, group_size: int, out: Tensor | None, tiles: Tiles | None, choose: Choose
 ) -> Plan:
-    """What follows from the shapes and dtypes of a call alone, worked out once. Checks the tensors, as `fused_linear` says."""
+    """What follows from the shapes and dtypes of a `launch` alone, worked out once. Checks tensors, as `fused_linear` says."""
+    packed, scales, zeros = weight
     key = (
         choose, x.shape, x.stride(), x.dtype, x.get_device(), packed.shape, scales.shape, scales.dtype, zeros is None,
         bias is None or (bias.shape, bias.dtype), out is None or (out.shape, out.stride(), out.dtype), group_size, tiles,

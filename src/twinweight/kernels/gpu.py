@@ -70,7 +70,8 @@ def fused_again(x: Tensor, w: KernelWeight) -> Callable[[Tensor, KernelWeight], 
     """
     if w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
         return None
-    plan = _triton().fused.planned(x, w.packed, w.scales, w.zeros, None, w.group_size)
+    fused = _triton().fused
+    plan = fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles)
     if plan.launch is None or plan.parts:
         return None
     launch, shape = plan.launch, plan.out_shape

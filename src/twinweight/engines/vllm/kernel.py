@@ -56,10 +56,10 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.fresh = False
         self.copyable = True
         self.freed = 0
+        self._layer: weakref.ref[nn.Module] | None = None
         self.route = ONLY_INT4
         self.handle: Tensor | None = None
         self.made: set[str] = set()
-        self._layer: weakref.ref[nn.Module] | None = None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack by the inner kernel. In a layerwise reload the layer holds new tensors now: the twin follows, in place."""
@@ -92,8 +92,9 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     @route.setter
     def route(self, flat: list[int]) -> None:
         c, kind = self.config, kind_of(self.twin, self.twin_scales) if self.twin is not None else None
+        weight = c.partition_weight_shape, c.act_type, c.group_size, c.zero_points, self.device if self.is_ready else None
         self._route = flat
-        self.steps = op.steps_of(tuple(flat), kind, c.partition_weight_shape, c.act_type, c.group_size, c.zero_points)
+        self.steps = op.steps_of(tuple(flat), kind, *weight)
 
     @property
     def layer(self) -> Any:
