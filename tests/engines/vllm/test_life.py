@@ -31,6 +31,7 @@ from twinweight.paths import Path, Route
 from twinweight.plan import Budget, Mode, Plan, TwinOption
 
 MIB = 1 << 20
+KIND = Kind(8, 8, 8, "uint4b8", False, False, torch.bfloat16, "Inner")
 
 
 class FakeKernel:
@@ -380,7 +381,7 @@ def test_timing_that_fails_in_any_way_leaves_int4(
     found = life(mode)
     monkeypatch.setattr(compat, "rank", lambda: 0)
     monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
-    monkeypatch.setattr(module, "kind_of", lambda kernel: "kind")
+    monkeypatch.setattr(module, "kind_of", lambda kernel: KIND)
     monkeypatch.setattr(module.measure, "known_or_measured", broken)
     with nullcontext() if mode == "soft" else pytest.raises(BudgetError, match="could not be timed"):
         assert found._measure() == {}
@@ -419,7 +420,7 @@ def test_what_is_freed_makes_room_for_more(
 
     found = life()
     found.config = Config("soft", reload=reload)
-    kernels, kind = found.kernels, Kind(8, 8, 8, "uint4b8", False, False, torch.bfloat16, "Inner")
+    kernels, kind = found.kernels, KIND
     option = TwinOption("own", MIB, 1.0, is_twin=False)
 
     def one_more() -> Plan:
