@@ -66,22 +66,16 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
 
 def fused_again(x: Tensor, w: KernelWeight) -> Callable[[Tensor, KernelWeight], Tensor] | None:
     """`fused_linear` without a bias, for other x and weights of exactly these sizes, x contiguous and aligned to 16 bytes: it
-    looks at nothing. None where that cannot be: in act-order, for another x, and where K is split, which needs scratch.
+    looks at nothing. None in act-order, and where this x is another.
     """
     if w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
         return None
     fused = _triton().fused
-    plan = fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles)
-    if plan.launch is None or plan.parts:
-        return None
-    launch, shape = plan.launch, plan.out_shape
-
-    def again(x: Tensor, w: KernelWeight) -> Tensor:
-        out = x.new_empty(shape)
-        launch(x, w.packed, w.scales, w.zeros, None, out, None, None)
-        return out
-
-    return again
+    plan, start = (
+        fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles),
+        fused.started,
+    )
+    return lambda x, w: start(plan, x, (w.packed, w.scales, w.zeros), None)
 
 
 def expand(w: KernelWeight, out: Tensor) -> None:
