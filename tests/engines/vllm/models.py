@@ -66,6 +66,19 @@ def short(format: str = "compressed-tensors", group_size: int = 128) -> str:
 
 
 @functools.cache
+def int4_head() -> str:
+    """The same in GPTQ with an output head of int4, which is the embedding rounded."""
+    config, quantized, dense = _short()
+    weight = dense["model.embed_tokens.weight"].float().unflatten(1, (-1, 128))
+    scales = (weight.abs().amax(-1) / 7).bfloat16()
+    values = (weight / scales.float()[..., None]).round().clamp(-8, 7) + 8
+    head = QuantCase(values.flatten(1).to(torch.uint8), scales, group_size=128)
+    modules = {name: _regrouped(case, 128, zeros=False) for name, case in quantized.items()}
+    write_gptq(BUILD / "int4-head", {**config, "tie_word_embeddings": False}, {**modules, "lm_head": head}, dense)
+    return str(BUILD / "int4-head")
+
+
+@functools.cache
 def short_w8() -> str:
     """The same in 8 bits: scales a sixteenth, values sixteen times as large."""
     config, quantized, dense = _short()

@@ -11,7 +11,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
 from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
-from tests.engines.vllm.models import PROMPTS, SHORT, adapter, linears, short, short_w8, without_int4
+from tests.engines.vllm.models import PROMPTS, SHORT, adapter, int4_head, linears, short, short_w8, without_int4
 
 pytestmark = needs_kernel
 
@@ -25,6 +25,15 @@ def test_other_formats_have_twins_and_give_the_tokens_of_compressed_tensors(form
     assert len(report["twins"]) == linears(job.model)
     assert all(twin["exact"] for twin in report["twins"].values())
     assert_same_tokens(OFF_RUN, job)
+
+
+def test_an_int4_head_gets_no_twin() -> None:
+    off, on = (Job(int4_head(), config) for config in ("{}", json.dumps({"twinweight": {"mode": "soft"}})))
+    report = result(on)["reports"][0][0]
+    assert set(report["inner"]) > set(report["twins"])
+    assert "lm_head" in report["inner"]
+    assert "lm_head" not in report["twins"]
+    assert_same_tokens(off, on)
 
 
 def test_groups_that_our_kernels_do_not_take_are_measured_without_them() -> None:
