@@ -56,19 +56,13 @@ class Engine:
 
 def serve_llama(threads: int) -> None:
     """In the environment of llama.cpp."""
-    import ctypes
-
-    import gguf
-    import llama_cpp
     import llamacpp
 
     config = llamacpp.presets.preset(llamacpp.PRESET, llamacpp.LAYERS)
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    llamacpp.begin()
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "model.gguf"
-        llamacpp.write(file, config, gguf.GGMLQuantizationType.BF16)
+        llamacpp.write(file, config, llamacpp.Type.BF16)
         model = llamacpp.Model(file, threads, PROMPT, TOKENS)
         model.request(0, config["vocab_size"])
         print(READY, flush=True)
@@ -103,8 +97,8 @@ def serve_vllm(model: str, kind: str) -> None:
     arm.run(arm.Job(llm, arm.Workload(endless, TOKENS, repeats=1, seconds=0.0)), step=wait, done=tell)
 
 
-def in_turn(a: list[float], b: list[float]) -> float:
-    """The median of a over b, round by round."""
+def by_round(a: list[float], b: list[float]) -> float:
+    """The median of a over b, of one round each."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
@@ -131,7 +125,7 @@ def main() -> None:
         engine.process.kill()
     times = {name: {key: [x[key] for x in asked] for key in ("prefill_s", "token_ms")} for name, asked in found.items()}
     ratios = {
-        name: {key.partition("_")[0]: round(in_turn(times[PEER][key], times[name][key]), 3) for key in times[name]}
+        name: {key.partition("_")[0]: round(by_round(times[PEER][key], times[name][key]), 3) for key in times[name]}
         for name in SERVERS
     }
     environment = {

@@ -81,6 +81,15 @@ def write(path: Path, config: dict, head: Type) -> None:
     out.close()
 
 
+_QUIET = llama_cpp.llama_log_callback(lambda *_: None)  # llama.cpp does not keep it alive
+
+
+def begin() -> None:
+    """What llama.cpp wants first, and no log."""
+    llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
 class Model:
     """A file that llama.cpp has loaded, with room for a prompt and tokens after it."""
 
@@ -163,9 +172,7 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=7)
     a = p.parse_args()
     config = presets.preset(PRESET, LAYERS)
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    begin()
     records = []
     for head in (Type.BF16, Type.Q6_K):
         with tempfile.TemporaryDirectory() as tmp:
