@@ -12,12 +12,13 @@ from torch import nn
 from twinweight import twin
 from twinweight.crossover import Crossovers, Shape, twin_choice
 from twinweight.errors import ConfigError
+from twinweight.formats.common import is_head
 from twinweight.linear import Int4Linear
 from twinweight.measured import Costs, Form, Measured
 from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, Budget, Mode, Plan, plan
-from twinweight.workload import Workload, is_head
+from twinweight.workload import Workload
 
 log = logging.getLogger("twinweight")
 

@@ -71,11 +71,6 @@ class Workload:
         return Workload.of(counts)
 
 
-def is_head(name: str) -> bool:
-    """Whether a weight of this name is a model's output head."""
-    return name.rpartition(".")[2] == "lm_head"
-
-
 def from_metrics(file: Path, chunk: int | None = None) -> Workload:
     """What a server saw, from Prometheus text (vLLM's /metrics) or JSON (`paths.calls` as {"int4@16": 123, ...} or
     {"int4": {"16": 123}, ...}, by itself or under "calls").

@@ -72,7 +72,7 @@ def is_quantized(scheme: Scheme, name: str, ckpt: Checkpoint) -> bool:
     why = ""
     if scheme.leaves_dense(name):
         claim, why = False, "in modules_to_not_convert"
-    elif name.rpartition(".")[2] == "lm_head" and scheme.lm_head is not None:
+    elif common.is_head(name) and scheme.lm_head is not None:
         claim, why = scheme.lm_head, f"lm_head: {scheme.lm_head}"
     return common.stored_quantized(ckpt, name, "qweight", claim, why)
 

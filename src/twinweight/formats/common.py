@@ -103,7 +103,12 @@ def _mismatch(ckpt: Checkpoint, tensor: str, expected: str, found: str) -> Check
 def _is_tied_head(ckpt: Checkpoint, name: str) -> bool:
     text = ckpt.config.get("text_config")
     tied = ckpt.config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
-    return bool(tied) and name.rpartition(".")[2] == "lm_head"
+    return bool(tied) and is_head(name)
+
+
+def is_head(name: str) -> bool:
+    """Whether a module of this name is a model's output head."""
+    return name.rpartition(".")[2] == "lm_head"
 
 
 def expect(ckpt: Checkpoint, tensor: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:

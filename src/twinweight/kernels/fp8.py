@@ -228,31 +228,25 @@ def row_again(x: Tensor) -> Again | None:
     """`row_linear` without a bias for other x of exactly this size, contiguous and aligned to 16 bytes: it looks at nothing.
     None for an empty x.
     """
-    launch, shape, scale_shape, dtype = _known(_rows_plan, x).launch, x.shape, (x.shape[0], 1), _row_dtype(x)
-    if launch is None:
-        return None
-
-    def again(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
-        quantized, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(scale_shape, dtype=torch.float32)
-        launch(x, quantized, scale)
-        y = _row_product(quantized, scale, data, scales, dtype)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
-
-    return again
+    dtype = _row_dtype(x)
+    return _again(_known(_rows_plan, x), x, (x.shape[0], 1), lambda q, a, twin, b: _row_product(q, a, twin, b, dtype))
 
 
 def exact_again(x: Tensor) -> Again | None:
     """As `row_again`, of `exact_linear`; None also where rows are padded."""
-    made = _known(_groups_plan, x)
-    launch, shape, scale_shape = made.launch, made.out_shape, (x.shape[1] // GROUP, x.shape[0])
+    scales = x.shape[1] // GROUP, x.shape[0]
+    return _again(_known(_groups_plan, x), x, scales, lambda q, a, twin, b: _exact_product(q, a.t(), twin, b))
+
+
+def _again(made: Plan, x: Tensor, scales_shape: tuple[int, int], product: Callable[..., Tensor]) -> Again | None:
+    launch, shape = made.launch, made.out_shape
     if launch is None or shape != x.shape:
         return None
 
     def again(x: Tensor, data: Tensor, scales: Tensor) -> Tensor:
-        quantized, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(scale_shape, dtype=torch.float32)
+        quantized, scale = x.new_empty(shape, dtype=E4M3), x.new_empty(scales_shape, dtype=torch.float32)
         launch(x, quantized, scale)
-        y = _exact_product(quantized, scale.t(), data, scales)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return _finish(product(quantized, scale, data, scales), None, x.dtype)
 
     return again
 

@@ -71,10 +71,8 @@ def fused_again(x: Tensor, w: KernelWeight) -> Callable[[Tensor, KernelWeight], 
     if w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
         return None
     fused = _triton().fused
-    plan, start = (
-        fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles),
-        fused.started,
-    )
+    plan = fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles)
+    start = fused.started
     return lambda x, w: start(plan, x, (w.packed, w.scales, w.zeros), None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from twinweight import one_row
+from twinweight.formats.common import is_head
 
 log = logging.getLogger("vllm.twinweight")
 
@@ -16,7 +17,7 @@ log = logging.getLogger("vllm.twinweight")
 def of(worker: Any) -> list[Any]:
     """Dense output heads on CPUs; their product, `cpu_linear(x, weight, bias)`, is an attribute."""
     named = worker.model_runner.get_model().named_modules(remove_duplicate=False)  # a tied one is an embedding, too
-    return [m for name, m in named if name.rpartition(".")[2] == "lm_head" and hasattr(m, "cpu_linear")]
+    return [m for name, m in named if is_head(name) and hasattr(m, "cpu_linear")]
 
 
 def quicken(heads: list[Any]) -> None:
