@@ -138,7 +138,7 @@ def by_graphs(shape: Shape) -> Callable[[int], Wrap | None]:
 def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile our kernels for all rows of the device's grid at once; on a CPU there are none. Tiles depend on rows."""
     if device.type != "cpu":
-        rows = itertools.product(calls, grid(device))
+        rows = itertools.product(calls, reversed(grid(device)))  # the largest tiles take longest
         compile_together(partial(call, torch.empty(m, k, dtype=dtype, device=device)) for call, m in rows)
 
 

@@ -18,14 +18,14 @@ from twinweight.timing import Timing, interleaved, under_load
 
 GRID = {
     "cpu": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-    "gpu": (1, 8, 16, 32, 64, 112, 160, 256, 320, 512, 640, 1024, 2048, 8192),
+    "gpu": (1, 8, 16, 32, 64, 112, 160, 192, 256, 320, 512, 640, 1024, 2048, 8192),
 }
 """Rows that are timed for every shape; between two of them a takeover is searched for. A GPU takes 8 rows or more at once, and
 kernels take tiles of 128 or 256: at so many rows such a kernel is at its best, and a twin that is 20 % ahead from 129 on seemed
 level with it at 128 and 256 (H200, 14336 x 4096). 256 is timed all the same: a twin of 10240 x 5120 is a sixth faster there and
 no more than level at 192 and 384, so that a search between 160 and 320 did not find it. So is 512, where Machete is up to 11 %
 ahead of `fused`, and up to 26 % behind at 384, and 112, where a twin of 4096 x 4096 is 14 % ahead of `fused`, and not at 64 and
-160."""
+160, and 192, where cuBLAS takes 126 us for 25600 x 5120, 67 at 128 and 102 at 256."""
 
 _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: int4 costs at most so much more at the upper one
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
@@ -35,7 +35,7 @@ _LEVEL = 1.15  # a path that takes so much longer may be ahead between two sizes
 _JUMPY = (_STEPPED, 512)  # rows between which GPUs' times jump: few tiles, and cuBLAS chooses others from one size to the next
 _WIDE = 1.25  # of such gaps those are looked into in which the upper size is so many times the lower
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
-_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 160, 512 and 8192 on a GPU
+_LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 192, 512 and 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
 

@@ -166,7 +166,7 @@ def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     """Calls that launch all kernels of ours that a layer may ever need, on random weights; `stream` has one for all rows."""
     if own.can_have(kernel):
         for call in variants(shape_of(kernel), kernel.n, [INT4, "fused"]).values():
-            for m in own.sizes(most):
+            for m in reversed(own.sizes(most)):  # the largest tiles take longest to compile
                 yield partial(call, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device))
 
 
