@@ -108,7 +108,7 @@ def test_copies_have_addresses_that_go_on_by_constants(compiled: dict[str, list[
     """Integer instructions are scarce beside those that unpack. With addresses and masks of each copy there were 37 a step."""
     rows = [row for row in compiled["sm_90"] if row["running"] and row["shape"] == "g128"]
     assert len(rows) >= 10
-    most = {row["kernel"]: 25 if row["kernel"] == "fused-half" else 13 for row in rows}  # two groups a step, and one
+    most = {row["kernel"]: 26 if row["kernel"] == "fused-half" else 13 for row in rows}  # two groups a step, and one
     assert all(row["loop_addresses"] <= 4 * most[row["kernel"]] for row in rows), rows  # 4 steps a turn
 
 

@@ -28,6 +28,7 @@ _STAGES = gl.constexpr(4)
 into that of the step before, which has been read, _STAGES - 1 ahead.
 """
 _PARTS = gl.constexpr(MOST_PARTS)
+_MANY = gl.constexpr(64)  # sums of a lane
 
 
 @gluon.constexpr_function
@@ -92,9 +93,16 @@ def _in_part(FEATURES: gl.constexpr, FIRST: gl.constexpr, ROWS: gl.constexpr, LA
 
 @gluon.jit
 def _sum_parts(parts_ptr, local, sums, PART: gl.constexpr, split):
-    """The sums of all parts, in a fixed order; sums: zeros."""
-    for i in gl.static_range(_PARTS):
-        sums += gl.load(parts_ptr + i * PART + local, mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
+    """The sums of all parts, in a fixed order; sums: zeros. A lane that has many of them has enough loads in flight with one
+    part; where it has few, all parts are loaded at once. (Large tiles that do so take five times as long to compile.)
+    """
+    LANES: gl.constexpr = 32 * gl.num_warps()
+    if sums.shape[0] * sums.shape[1] >= _MANY * LANES:
+        for i in range(0, split):
+            sums += gl.load(parts_ptr + i * PART + local, cache_modifier=".cg")
+    else:
+        for i in gl.static_range(_PARTS):
+            sums += gl.load(parts_ptr + i * PART + local, mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
     return sums
 
 
