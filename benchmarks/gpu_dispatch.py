@@ -24,6 +24,7 @@ from twinweight import paths
 from twinweight.engines.vllm import op as vllm_op
 from twinweight.kernels import dense_linear, int4_path
 from twinweight.linear import Int4Linear
+from twinweight.steps import Steps
 from twinweight.weight import Int4Weight
 
 SIZE = 256
@@ -59,7 +60,7 @@ class Layer:
 
     def __init__(self, layer: Int4Linear, path: paths.Path) -> None:
         self.n, self.route, self.own = SIZE, paths.Route.always(path).flat(), layer.kernel_weight
-        self.steps: dict[int, vllm_op.Step] = {}
+        self.steps: Steps = {}
         self.twin, self.twin_scales, self.bias = layer.twin, None, None
         self.scales_t = None
         self.twin_t = layer.twin.t() if layer.twin is not None and not layer.twin.is_cpu else None

@@ -163,6 +163,64 @@ def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
         assert ops.only_computes(wants_gradient)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("twin", [None, "float32", *KINDS[2:]])
+@pytest.mark.parametrize("path", [Path.INT4, Path.STREAM, Path.TWIN])
+def test_a_size_met_before_gives_the_same(path: Path, twin: str | None, bias: bool) -> None:
+    """By what was worked out then, which is counted; rows that lie otherwise are looked at, and another width is refused."""
+    if path is Path.TWIN and twin is None:
+        return
+    linear = make(twin=twin, bias=bias)
+    linear.route_with_twin = linear.route_without_twin = Route.always(path)
+    for shape in ((5,), (1, 5), (2, 1, 3), (0,)):
+        x, other = x_of(*shape), x_of(*shape)
+        first = [linear(x), linear(other)]
+        paths.calls.clear()
+        assert all(torch.equal(linear(v), y) for v, y in zip((x, other), first, strict=True))
+        assert sum(paths.calls.values()) == 2
+        assert taken(linear, x) == {path}
+    strided = torch.randn(128, 5).bfloat16().t()
+    assert torch.equal(linear(strided), linear(strided.contiguous()))
+    odd = torch.empty(5 * 128 + 1, dtype=torch.bfloat16)[1:].view(5, 128).copy_(strided)
+    assert torch.equal(linear(odd), linear(strided.contiguous()))
+    with pytest.raises(TypeError, match=r"activations are torch\.float16"):
+        linear(x_of(5).half())
+
+
+def test_a_size_met_before_follows_what_changed() -> None:
+    """The route, the twin, its use, the bias, the weight."""
+    linear, x = make(), x_of(16)
+    linear(x)
+    assert taken(linear, x) == {Path.TWIN}
+    linear.use_twin = False
+    assert taken(linear, x) == {Path.INT4}
+    linear.route_without_twin = Route.always(Path.STREAM)
+    assert taken(linear, x) == {Path.STREAM}
+    linear.use_twin = True
+    assert linear.twin is not None
+    linear.twin *= 2
+    assert linear.bias is not None
+    linear.bias = nn.Parameter(torch.zeros_like(linear.bias), requires_grad=False)
+    assert_close(linear(x), 2 * reference(x, linear.int4_weight, None), max_err=1e-2)
+    linear.twin = linear.twin * 2
+    assert_close(linear(x), 4 * reference(x, linear.int4_weight, None), max_err=1e-2)
+    kept = weakref.ref(linear.twin)
+    linear.drop_twin()
+    assert kept() is None
+    linear.route_without_twin = Route.always(Path.INT4)
+    linear.packed = make().packed
+    assert_close(linear(x), reference(x, linear.int4_weight, None), max_err=1e-2)
+
+
+def test_a_trained_bias_has_a_gradient_where_activations_have_none() -> None:
+    linear, x = make(), x_of(3)
+    linear(x)
+    assert linear.bias is not None
+    linear.bias.requires_grad_()
+    linear(x).sum().backward()
+    assert torch.equal(linear.bias.grad, torch.full((96,), 3.0).bfloat16())
+
+
 @pytest.mark.parametrize("path", [Path.INT4, Path.STREAM, Path.TWIN])
 @pytest.mark.parametrize(("symmetric", "act_order"), [(True, False), (False, True)])
 def test_gradients_pass_through_every_path(path: Path, symmetric: bool, act_order: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from twinweight import twin as twins
 from twinweight.kernels import backend_for
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.memory import is_out_of_memory
-from twinweight.paths import Path, Route
+from twinweight.paths import Path, Route, calls
+from twinweight.steps import Steps, keep, steps_of
 from twinweight.weight import Int4Weight
 
 log = logging.getLogger("twinweight")
@@ -36,8 +38,27 @@ def _weight_of(fields: Mapping[str, Any], k: int) -> Int4Weight:
     return Int4Weight(**fields, group_size=k // groups, in_features=k)
 
 
+_TWIN = int(Path.TWIN)
 _INT4 = ("packed", "scales", "zeros", "perm")
 _STORED = {"weight_packed": "packed", "weight_scale": "scales", "weight_zero_point": "zeros", "weight_g_idx": "g_idx"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What the steps were worked out for."""
+
+    weight: KernelWeight
+    twin: Tensor | None
+    bias: Tensor | None
+    route: Route
+    steps: Steps
+
+
+def _ready(w: KernelWeight, twin: Tensor | None, scales: Tensor | None, bias: Tensor | None, route: Route) -> _Ready:
+    kind = twins.kind_of(twin, scales) if twin is not None else None
+    weight = w.n, w.k, w.group_size, w.scales.dtype, w.packed.device, w.zeros is None, w.perm is None
+    looks = None if bias is None else (bias.shape, bias.dtype)
+    return _Ready(w, twin, bias, route, steps_of(tuple(route.flat()), kind, looks, *weight))
 
 
 class Int4Linear(nn.Module):
@@ -64,6 +85,7 @@ class Int4Linear(nn.Module):
         kernel = backend_for(weight.packed.device).prepare(weight)
         self.group_size = kernel.group_size
         self._kernel_weight: KernelWeight | None = None
+        self._ready: _Ready | None = None
         for name in _INT4:
             self.register_buffer(name, getattr(kernel, name), persistent=False)
         self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if bias is not None else None)
@@ -74,26 +96,54 @@ class Int4Linear(nn.Module):
         self.route_with_twin = Route.always(Path.INT4)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"activations have {x.shape[-1]} features, the int4 weight takes {self.in_features}")
         twin = self._buffers["twin"] if self.use_twin else None
         scales = None if twin is None else self._buffers["twin_scales"]
-        route = (self.route_without_twin if twin is None else self.route_with_twin).flat()
-        if ops.only_computes(x):
-            return ops.run(x, self.kernel_weight, self._parameters["bias"], twin, scales, route)
+        route = self.route_without_twin if twin is None else self.route_with_twin
+        bias = self._parameters["bias"]
+        if ops.only_computes(x, bias):
+            return self._computed(x, twin, scales, bias, route)
+        self._check_width(x)
         return torch.ops.twinweight.linear(  # type: ignore[no-any-return]
             x,
             self.packed,
             self.scales,
             self.zeros,
             self.perm,
-            self.bias,
+            bias,
             twin,
             scales,
-            route,
+            route.flat(),
             self.group_size,
             self.out_features,
         )
+
+    def _computed(self, x: Tensor, twin: Tensor | None, scales: Tensor | None, bias: Tensor | None, route: Route) -> Tensor:
+        """`ops.run`, or what it would do where the size of x was met before."""
+        ready = self._ready
+        if ready is None or ready.twin is not twin or ready.bias is not bias or ready.route is not route:
+            ready = self._ready = _ready(self.kernel_weight, twin, scales, bias, route)
+        key = x.shape, x.dtype, x.get_device()
+        step = ready.steps.get(key)
+        if step is None:
+            self._check_width(x)
+            y = ops.run(x, self.kernel_weight, bias, twin, scales, route.flat())
+            keep(ready.steps, key, ops.step_of(x, self.kernel_weight, bias, twin, scales, route.flat()))
+            return y
+        again = step.again
+        if again is not None and step.path == _TWIN:
+            calls[step.counted] += 1
+            return again(x, twin, bias)
+        weight = self.kernel_weight
+        if weight is not ready.weight:
+            self._ready = None
+        elif again is not None and x.is_contiguous() and not x.data_ptr() & 15:
+            calls[step.counted] += 1
+            return again(x, weight, bias)
+        return ops.run(x, weight, bias, twin, scales, route.flat())
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"activations have {x.shape[-1]} features, the int4 weight takes {self.in_features}")
 
     @property
     def kernel_weight(self) -> KernelWeight:
@@ -141,7 +191,7 @@ class Int4Linear(nn.Module):
 
     def drop_twin(self) -> None:
         """Free the twin; calls take the paths without it from now on."""
-        self.twin = self.twin_scales = None
+        self.twin = self.twin_scales = self._ready = None
 
     def set_weight(self, weight: Int4Weight) -> None:
         """New values of the same kind, written in place; a twin is refreshed in place. Raises ValueError on a mismatch."""
@@ -157,12 +207,15 @@ class Int4Linear(nn.Module):
         if (held := self.twin_kind) is not None:
             self.build_twin(held)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kernel_weight": None, "_ready": None}  # derived, and steps are not for pickle
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         """`.to()` and friends. Another device has another layout, and the twin is derived: both are made anew there."""
         probe = fn(torch.empty(0, dtype=self.scales.dtype, device=self.scales.device))
         if (probe.device, probe.dtype) == (self.scales.device, self.scales.dtype):
             return self
-        self._kernel_weight = None  # it would keep the old tensors
+        self._kernel_weight = self._ready = None  # they would keep the old tensors
         if probe.is_meta:
             return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
         kind = self.twin_kind

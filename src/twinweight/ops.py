@@ -7,6 +7,7 @@ share a graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from twinweight import paths
 from twinweight import twin as twins
-from twinweight.kernels import backend_for, int4_path
+from twinweight.kernels import backend_for, dense_linear, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import is_recording, labelled
+from twinweight.steps import Step
 
 _library = torch.library.Library("twinweight", "DEF")  # type: ignore[no-untyped-call]
 _library.define(  # type: ignore[no-untyped-call]
@@ -77,7 +79,23 @@ def _by(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None, twin: Tensor
     return twins.linear(x, twin, twin_scales, bias)
 
 
-def only_computes(x: Tensor) -> bool:
+def step_of(
+    x: Tensor, w: KernelWeight, bias: Tensor | None, twin: Tensor | None, twin_scales: Tensor | None, route: list[int]
+) -> Step:
+    """What `run` leads to for x of this size. again: (x, a contiguous one with 16-byte alignment, and the int4 weight, or any x
+    and the twin, as path says, bias) -> y.
+    """
+    m = x.shape[:-1].numel()
+    path = paths.pick(route, m)
+    again: Callable[..., Tensor] | None = None
+    if m and path != _TWIN:
+        again = backend_for(x.device).again(path, x, w, bias)
+    elif m and twin is not None and twin_scales is None:
+        again = dense_linear if x.is_cpu or twin.dtype != x.dtype else torch.nn.functional.linear
+    return Step(path, paths.counted(path, m), again)
+
+
+def only_computes(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether a call on x is wanted for its result alone: not traced, watched, profiled, mapped or differentiated.
 
     Then `run` may be called as it is, and the dispatcher's 4 us saved (2-core x86 CPU; this takes 0.4).
@@ -89,7 +107,7 @@ def only_computes(x: Tensor) -> bool:
         or _dispatch_modes()
         or _tracing_state() is not None
         or _functorch_level() is not None
-        or (x.requires_grad and torch.is_grad_enabled())
+        or ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled())
     )
 
 

@@ -18,6 +18,7 @@ from twinweight.engines.vllm import build, op, own
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.kernels import backend_for, gpu
 from twinweight.paths import Path, Route
+from twinweight.steps import Step, Steps
 
 N, K = 128, 128
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ class Permuting:
     @route.setter
     def route(self, flat: list[int]) -> None:
         self._route = flat
-        self.steps: dict[int, op.Step] = {}
+        self.steps: Steps = {}
 
     def _allocated(self, twin: bool) -> None:
         kernel: Any = self
@@ -110,14 +111,14 @@ def test_a_number_of_rows_met_before_launches_what_was_worked_out(path: Path) ->
     """From an own weight or, in 8 bits, from the twin; nothing else than a call that it fits, and nothing that is gone."""
     kernel = Permuting(own=path is Path.FUSED, twin=path is Path.TWIN)
     kernel.route = Route.always(path).flat()
-    weight: Any = (kernel.own,)
+    weight: Any = (kernel.own, None)
     if path is Path.TWIN:
         assert kernel.twin is not None
         data, scales = (kernel.twin * 16).to(torch.int8), torch.full((N,), 1 / 16)
         kernel.twin, kernel.twin_scales = data, scales
         weight = kernel.twin_t, kernel.scales_t = data.t(), scales[None]
     launched: list[Any] = []
-    kernel.steps[4] = op.Step(path, (path, 4), lambda x, *w: launched.append(w) or x)
+    kernel.steps[4] = Step(path, (path, 4), lambda x, *w: launched.append(w) or x)
     x = torch.randn(4, K).to(torch.bfloat16)
     assert op.run(kernel, x, None) is x
     odd = torch.empty(4 * K + 1, dtype=torch.bfloat16)[1:].view(4, K)

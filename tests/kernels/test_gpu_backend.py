@@ -34,22 +34,30 @@ def test_every_path_computes_the_same_weight(symmetric: bool, act_order: bool) -
     assert gpu.twin_bytes(48, 96, torch.float16, DEVICE) == twin.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize("path", [Path.INT4, Path.FUSED])
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("m", "k"), [(300, 128), (40, 1024), (0, 128)], ids=["whole", "K split", "no rows"])
-def test_fused_again_serves_other_x_and_weights(m: int, k: int) -> None:
+def test_what_was_worked_out_serves_other_x_and_weights(path: Path, m: int, k: int, with_bias: bool) -> None:
     weights = [gpu.prepare(random_weight(256, k, 64, torch.float16).to(DEVICE)) for _ in range(2)]
     x, other = (torch.randn(m, k, device=DEVICE).half() for _ in range(2))
-    again = gpu.fused_again(x, weights[0])
+    biases = [torch.randn(256, device=DEVICE).half() if with_bias else None for _ in weights]
+    again, wide = gpu.again(path, x, weights[0], biases[0]), gpu.again(path, x.view(1, m, k), weights[0], biases[0])
     assert again is not None
-    for w in weights:
-        assert torch.equal(again(other, w), gpu.fused_linear(other, w, None))
+    assert wide is not None
+    for w, bias in zip(weights, biases, strict=True):
+        expected = (gpu.int4_linear if path is Path.INT4 else gpu.fused_linear)(other, w, bias)
+        assert torch.equal(again(other, w, bias), expected)
+        assert torch.equal(wide(other.view(1, m, k), w, bias), expected.view(1, m, 256))
 
 
-def test_fused_again_is_not_for_every_call() -> None:
+def test_nothing_is_worked_out_for_calls_that_must_be_looked_at() -> None:
     weight = random_weight(256, 128, 64, torch.float16).to(DEVICE)
     x, w = torch.randn(300, 128, device=DEVICE).half(), gpu.prepare(weight)
-    assert gpu.fused_again(x.t().contiguous().t(), w) is None
-    assert gpu.fused_again(torch.randn(300 * 128 + 1, device=DEVICE).half()[1:].view(300, 128), w) is None
-    assert gpu.fused_again(x, gpu.prepare(random_weight(256, 128, 64, torch.float16, act_order=True).to(DEVICE))) is None
+    assert gpu.again(Path.STREAM, x, w, None) is None
+    assert gpu.again(Path.FUSED, x.t().contiguous().t(), w, None) is None
+    assert gpu.again(Path.FUSED, torch.randn(300 * 128 + 1, device=DEVICE).half()[1:].view(300, 128), w, None) is None
+    ordered = gpu.prepare(random_weight(256, 128, 64, torch.float16, act_order=True).to(DEVICE))
+    assert gpu.again(Path.FUSED, x, ordered, None) is None
 
 
 def test_scales_that_are_an_odd_view_are_moved() -> None:

@@ -76,6 +76,7 @@ def load(
     if kv_floor is not None and (not isinstance(kv_floor, int) or kv_floor < 0):
         raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     where = _device(device)
+    backend_for(where).begin(where)
     ckpt, fmt, model = _open(path, where, dtype)
     dtype = model.dtype
     layout = lay_out(model, ckpt, fmt, where, dtype)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from twinweight.kernels import pages
-from twinweight.kernels.prepared import KernelWeight
+from twinweight.kernels.prepared import Again, KernelWeight
 from twinweight.paths import Path
 from twinweight.weight import Int4Weight
 
 
 class Backend(Protocol):
     """What a device offers. Every function is pure, but for `expand`, which writes `out`."""
+
+    def begin(self, device: torch.device) -> None:
+        """Called first: load in the background what calls on the device will need."""
 
     def prepare(self, weight: Int4Weight) -> KernelWeight:
         """Into the device's layout; the weight's tensors are already on the device."""
@@ -31,6 +34,12 @@ class Backend(Protocol):
 
     def fused_linear(self, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
         """[M, K] -> [M, N], int4 unpacked inside the GEMM."""
+
+    def again(self, path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Again | None:
+        """`int4_linear` or `fused_linear`, as path says, with all that follows from the sizes worked out: for other x [..., K]
+        of the size and dtype of this one, contiguous and aligned to 16 bytes, and weights and biases like these. It looks at
+        nothing. None where that cannot be, and for other paths.
+        """
 
     def expand(self, w: KernelWeight, out: Tensor) -> None:
         """The dense weight into out [N, K]."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twinweight.errors import TwinweightError
 from twinweight.kernels.pages import in_huge_pages
-from twinweight.kernels.prepared import TILE_BYTES, KernelWeight, group_order
+from twinweight.kernels.prepared import TILE_BYTES, Again, KernelWeight, group_order
 from twinweight.paths import Path
 from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_nibbles
 
@@ -25,6 +25,10 @@ _ROWS = 64  # rows are padded to ATen's widest block, so that every block is who
 _GROUPS = (256, 128, 64, 32)  # group sizes the kernel takes
 _EXPANDED = 1 << 20  # weights expanded at a time: their fp32 values stay in the second-level caches
 _MIRRORED = (3, 5, 11, 15)  # zero points whose groups are stored as 15 - q
+
+
+def begin(device: torch.device) -> None:
+    """Nothing: ATen is there."""
 
 
 def prepare(weight: Int4Weight) -> KernelWeight:
@@ -72,6 +76,16 @@ def int4_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     if bias is not None:
         return y[:, : w.n] + bias
     return y if y.shape[1] == w.n else y[:, : w.n].contiguous()
+
+
+def again(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Again | None:
+    """`int4_linear` for other contiguous x [..., K] of exactly these sizes. None for other paths."""
+    if path not in (Path.INT4, Path.FUSED):
+        return None
+    if x.dim() == 2:
+        return int4_linear
+    rows, shape = (-1, x.shape[-1]), (*x.shape[:-1], w.n)
+    return lambda x, w, bias: int4_linear(x.view(rows), w, bias).view(shape)
 
 
 def expand(w: KernelWeight, out: Tensor) -> None:

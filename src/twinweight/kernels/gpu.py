@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from twinweight.kernels.order import from_kernel_order, padded_rows, padded_words, to_kernel_order
 from twinweight.kernels.padding import cliff_bytes as cliff
 from twinweight.kernels.padding import empty_padded, padded_stride
-from twinweight.kernels.prepared import KernelWeight, group_order
+from twinweight.kernels.prepared import Again, KernelWeight, group_order
 from twinweight.paths import Path
 from twinweight.weight import Int4Weight
 
@@ -64,16 +65,18 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     return y
 
 
-def fused_again(x: Tensor, w: KernelWeight) -> Callable[[Tensor, KernelWeight], Tensor] | None:
-    """`fused_linear` without a bias, for other x and weights of exactly these sizes, x contiguous and aligned to 16 bytes: it
-    looks at nothing. None in act-order, and where this x is another.
+def again(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Again | None:
+    """`int4_linear` or `fused_linear` for other x [..., K] of exactly this size. None in act-order, where this x is not
+    contiguous or not aligned, and for other paths.
     """
-    if w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
+    if path not in (Path.INT4, Path.FUSED) or w.perm is not None or not x.is_contiguous() or x.data_ptr() % 16:
         return None
-    fused = _triton().fused
-    plan = fused.planned(x, (w.packed, w.scales, w.zeros), None, w.group_size, None, None, fused.fused_tiles)
-    start = fused.started
-    return lambda x, w: start(plan, x, (w.packed, w.scales, w.zeros), None)
+    triton = _triton()
+    choose = triton.tiles.decode_tiles if path == Path.INT4 else triton.tiles.fused_tiles
+    rows, weight = x.view(-1, x.shape[-1]), (w.packed, w.scales, w.zeros)
+    plan, start = triton.fused.planned(rows, weight, bias, w.group_size, None, None, choose), triton.fused.started
+    shape = (*x.shape[:-1], w.n)
+    return lambda x, w, bias: start(plan, x, (w.packed, w.scales, w.zeros), bias, x.new_empty(shape))
 
 
 def expand(w: KernelWeight, out: Tensor) -> None:
@@ -84,6 +87,23 @@ def expand(w: KernelWeight, out: Tensor) -> None:
 def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     """As `expand`, for output features first to last, into out [last - first, K]."""
     _triton().expand.expand(w.packed, w.scales, w.zeros, w.perm, out, group_size=w.group_size, rows=(first, last))
+
+
+def begin(device: torch.device) -> None:
+    """Load what first calls on a GPU wait for, in the background: Triton and the hash of its own files, which names compiled
+    kernels, and cuBLAS. It only saves time: what fails here shows again where it is used.
+    """
+
+    def load() -> None:
+        with contextlib.suppress(Exception):
+            _triton()
+            from triton.runtime.cache import triton_key
+
+            triton_key()
+            ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+            torch.mm(ones, ones)
+
+    threading.Thread(target=load, name="twinweight-begin", daemon=True).start()
 
 
 @functools.cache

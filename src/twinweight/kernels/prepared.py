@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class KernelWeight:
         """Bytes of all its tensors."""
         tensors = (self.packed, self.scales, self.zeros, self.perm)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+Again = Callable[[Tensor, KernelWeight, Tensor | None], Tensor]
+"""(x, an int4 weight, a bias or None) -> y, by a path and for sizes that are settled."""
 
 
 def takes_group(k: int, group_size: int) -> bool:

@@ -12,6 +12,7 @@ from vllm.model_executor.kernels.linear import MPLinearKernel
 from twinweight.engines.vllm import build, compat, op, own
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.paths import Path, Route
+from twinweight.steps import steps_of
 from twinweight.twin import kind_of
 
 ONLY_INT4 = Route.always(Path.INT4).flat()
@@ -94,7 +95,7 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         c, kind = self.config, kind_of(self.twin, self.twin_scales) if self.twin is not None else None
         weight = c.partition_weight_shape, c.act_type, c.group_size, c.zero_points, self.device if self.is_ready else None
         self._route = flat
-        self.steps = op.steps_of(tuple(flat), kind, *weight)
+        self.steps = steps_of(tuple(flat), kind, *weight)
 
     @property
     def layer(self) -> Any:

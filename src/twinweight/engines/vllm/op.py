@@ -12,8 +12,7 @@ vector loads (H200: decode of a 16-layer qwen3-32b 3 % slower).
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,16 +23,17 @@ from twinweight.kernels import dense_linear, gpu, int4_path
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.labels import is_recording, labelled
 from twinweight.paths import Path, calls, counted, take
+from twinweight.steps import Step, Steps, keep
 
 
 class Paths(Protocol):
     """What the op asks of a kernel. twin_t, scales_t: the twin as products take it, on a GPU (`twin.turned`). steps: what its
-    route leads to (`steps_of`).
+    route leads to (`steps_of`); `again`, without a bias, is of `gpu.again` or `twin.again`.
     """
 
     n: int
     route: list[int]
-    steps: dict[int, Step]
+    steps: Steps
     twin: Tensor | None
     twin_scales: Tensor | None
     twin_t: Tensor | None
@@ -43,30 +43,6 @@ class Paths(Protocol):
 
     def inner_linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """By vLLM's own kernel."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a number of rows leads to. counted: as in `paths.calls`. again: the path without a bias, worked out already: `fused`
-    (x, own weight) or an 8-bit twin (x, data, scales).
-
-    One prefill calls hundreds of layers, and whatever a call reads of Python has left the caches since the one before: it takes
-    five to ten times as long as in a loop. Layers that are alike share their steps, which are read once instead.
-    """
-
-    path: int
-    counted: tuple[int, int]
-    again: Callable[..., Tensor] | None
-
-
-_STEPS_KEPT = 4096  # numbers of rows
-
-_steps: dict[Hashable, dict[int, Step]] = {}
-
-
-def steps_of(*alike: Hashable) -> dict[int, Step]:
-    """The steps by number of rows that layers share which agree in all this: the route, and what the weight looks like."""
-    return _steps.setdefault(alike, {})
 
 
 _paths: dict[int, Callable[[], Paths | None]] = {}
@@ -107,7 +83,7 @@ def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
             return mm(x, twin_t)
         if again is not None and x.is_contiguous() and not x.data_ptr() & 15:
             if step.path != _TWIN and (weight := kernel.own) is not None:
-                return again(x, weight)
+                return again(x, weight, None)
             if step.path == _TWIN and twin_t is not None:
                 return again(x, twin_t, kernel.scales_t)
     return _by(step.path, kernel, x, bias)
@@ -123,9 +99,7 @@ def _first(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
         y = _by(path, kernel, rows, bias)
     if not flat:
         return y.view(*x.shape[:-1], kernel.n)
-    if len(kernel.steps) >= _STEPS_KEPT:
-        kernel.steps.clear()
-    kernel.steps[m] = Step(path, counted(path, m), None if x.is_cpu else _again(path, kernel, x))
+    keep(kernel.steps, m, Step(path, counted(path, m), None if x.is_cpu else _again(path, kernel, x)))
     return y
 
 
@@ -133,7 +107,9 @@ def _again(path: int, kernel: Paths, x: Tensor) -> Callable[..., Tensor] | None:
     """Of `Step`."""
     if path == _TWIN and kernel.twin is not None and kernel.twin_scales is not None:
         return twin.again(x, kernel.twin, kernel.twin_scales)
-    return gpu.fused_again(x, kernel.own) if path == Path.FUSED and kernel.own is not None else None
+    if path in _OWN and kernel.own is not None:
+        return gpu.again(path, x, kernel.own, None)
+    return None
 
 
 def _by(path: int, kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,6 +126,7 @@ def _by(path: int, kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 _TWIN, _INNER = int(Path.TWIN), int(Path.INNER)
+_OWN = Path.INT4, Path.FUSED
 
 
 def _fake(x: Tensor, handle: Tensor, bias: Tensor | None, n: int) -> Tensor:
