@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path as File
 
 import pytest
@@ -162,22 +162,25 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     loaded = {"int4": 1.3, "fused": 1.1}
     asked: list[float] = []
 
-    def under_load(call: Callable[[], object], *, device: torch.device, seconds: float) -> Timing:
+    def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
         asked.append(seconds)
-        name, rows = str(call()).split()
-        time = clock[name](int(rows)) * loaded[name]
-        return Timing(time, time, time)
+        times = {name: clock[name](int(str(call()).split()[1])) * loaded[name] for name, call in calls.items()}
+        return {name: Timing(time, time, time) for name, time in times.items()}
 
     monkeypatch.setattr(search, "under_load", under_load)
     ways = {c: lambda x, c=c: f"{c} {len(x)}" for c in clock}  # type: ignore[misc]
     given = {"orders": [("int4", "fused")], "load": 0.25}
     found = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), **given)  # type: ignore[arg-type]
-    assert asked == [0.25, 0.25]  # the twin is not level with them
+    assert asked == [0.25]
     assert found.time_at("int4", 8192) == pytest.approx(1.3 * clock["int4"](8192))
     assert found.time_at("twin:bfloat16", 8192) == pytest.approx(1.3 * clock["twin:bfloat16"](8192))  # nor does it gain by that
     (_, first), (start, second) = found.pieces(["int4", "fused"])
     assert (first, second) == ("int4", "fused")
     assert 8192 / 1.1 < start <= 8192  # fewer rows are a prompt by itself: a rested GPU's times
+    more = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), most=16384, **given)  # type: ignore[arg-type]
+    assert more.ms[-1] == 16384
+    assert more.time_at("int4", 8192) == clock["int4"](8192)
+    assert more.time_at("int4", 16384) == pytest.approx(1.3 * clock["int4"](16384))
     asked.clear()
     rested = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), orders=[("int4", "fused")])
     assert rested.pieces(["int4", "fused"]) == ((0, "int4"),)
@@ -186,14 +189,19 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     assert asked == []  # one path alone may be the best
 
 
-def test_a_load_is_kept_up_and_its_second_half_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = iter(range(100))
+def test_a_load_is_kept_up_and_the_second_half_of_each_block_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn and back; a load that grows meanwhile is shared by all."""
+    at, made = iter(range(1000)), []
     monkeypatch.setattr(timing, "_time_on_host", lambda call, device: call())
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))
-    calls = iter([1.0, 1.0, 2.0, 2.0, 2.0])
-    found = timing.under_load(lambda: next(calls), device=CPU, seconds=4.0)  # one call a tick of that clock
-    assert (found.min, found.max) == (2.0, 2.0)
-    assert next(calls) == 2.0  # four calls
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))  # one call a tick of that clock
+
+    def call(name: str, seconds: float) -> float:
+        made.append(name)
+        return seconds * (1.0 if made[-2:].count(name) < 2 else 2.0)  # the first of a block is faster
+
+    found = timing.under_load({"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}, device=CPU, seconds=12.0)
+    assert "".join(made) == "aaaabbbb" + "bbbbaaaa" + "aaaabbbb"
+    assert {name: (t.min, t.median, t.max) for name, t in found.items()} == {"a": (2.0, 2.0, 2.0), "b": (6.0, 6.0, 6.0)}
 
 
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:

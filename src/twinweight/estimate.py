@@ -74,7 +74,8 @@ def offers(gpu: Gpu, rank: Rank) -> tuple[dict[Kind, Offered], str]:
         if found is None or len(stored) < len(kinds):
             found_for[kind] = Roofline(kind, gpu, (Form("bfloat16", nbytes, ("twin:bfloat16",)),))
         elif in_vllm:
-            found_for[kind] = measure.costs(found, measure.forms(_copy_bytes(kind), {"bfloat16": nbytes}), kind.n)
+            forms = measure.forms(_copy_bytes(kind), {"bfloat16": nbytes})
+            found_for[kind] = measure.costs(found, forms, kind.n, layers=len(rank.weights))
         else:
             twin = Form("bfloat16", nbytes, found.with_twin("twin:bfloat16"))
             found_for[kind] = Costs(found, Form("none", 0, found.plain), (twin,), kind.n)

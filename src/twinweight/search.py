@@ -27,6 +27,10 @@ no more than level at 192 and 384, so that a search between 160 and 320 did not 
 ahead of `fused`, and up to 26 % behind at 384, and 112, where a twin of 4096 x 4096 is 14 % ahead of `fused`, and not at 64 and
 160, and 192, where cuBLAS takes 126 us for 25600 x 5120, 67 at 128 and 102 at 256."""
 
+FULL = 16384
+"""Rows of a full step of vLLM's on a large GPU. They are not twice 8192 rows: beside Machete, `fused` takes 0.99 times as long
+for 5120 x 25600 at 8192 and 1.06 at 16384, for 51200 x 5120 1.00 and 0.97, `stream` 0.97 and 0.92 (H200, `h200-load.json`)."""
+
 _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: int4 costs at most so much more at the upper one
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed often
@@ -40,9 +44,13 @@ _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
 
 
-def grid(device: torch.device) -> tuple[int, ...]:
-    """The rows that are timed for every shape on a device, ascending."""
-    return GRID["cpu" if device.type == "cpu" else "gpu"]
+def grid(device: torch.device, most: int = 0) -> tuple[int, ...]:
+    """The rows that are timed for every shape on a device, ascending; on a GPU also `FULL` where calls have about so many, or
+    more. most: the most rows of a call.
+    """
+    if device.type == "cpu":
+        return GRID["cpu"]
+    return (*GRID["gpu"], FULL) if 4 * most >= 3 * FULL else GRID["gpu"]
 
 
 def time_variants(
@@ -56,6 +64,7 @@ def time_variants(
     wraps: Callable[[int], Wrap | None] = lambda m: None,
     seconds: float = math.inf,
     load: float = 0.0,
+    most: int = 0,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
     between the two sizes around each takeover, until they are close.
@@ -64,7 +73,8 @@ def time_variants(
     wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
     disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
     coarsest grid that serves: some kernels are compiled for each size. load: seconds that each path which may be the best at
-    the most rows runs there without a rest before it is timed (`under_load`): who has so many rows has them again and again.
+    the most rows is timed for there, on a busy GPU (`under_load`): who has so many rows has them again and again. most: as in
+    `grid`.
     """
     found: dict[int, dict[str, Timing]] = {}
     started, whole = math.inf, True
@@ -77,7 +87,7 @@ def time_variants(
     def in_time() -> bool:
         return time.perf_counter() - started <= seconds
 
-    for m in _coarse_first(grid(device)):
+    for m in _coarse_first(grid(device, most)):
         if len(found) >= _LEAST_SIZES and not in_time():
             whole = False
             break
@@ -105,7 +115,7 @@ def _under_load(
     level = [c for c, t in found.items() if t.min <= _LEVEL * min(t.min for t in found.values())]
     if len(level) < 2:
         return dict(found)
-    loaded = {c: under_load(partial(variants[c], x), device=x.device, seconds=seconds) for c in level}
+    loaded = under_load({c: partial(variants[c], x) for c in level}, device=x.device, seconds=seconds)
     slower = max(loaded[c].min / found[c].min for c in level)
     return {c: loaded[c] if c in loaded else t.times(slower) for c, t in found.items()}
 

@@ -72,11 +72,26 @@ def test_a_layer_that_cannot_have_a_copy_has_a_kind_of_its_own_and_the_same_time
     assert [form.name for form in measure.forms_of(without, [])] == ["bfloat16"]
 
 
-def test_our_kernels_count_as_slower_in_a_server_than_alone_where_it_decodes() -> None:
-    alone, expected = machete(), measure.in_a_server(machete())
-    for choice, factors in {"own": (1.05, 1.1, 1.1, 1, 1), "fused": (1.05, 1.1, 1.1, 1, 1), "int4": (1,) * 5}.items():
-        ratios = [b.min / a.min for a, b in zip(alone.times[choice], expected.times[choice], strict=True)]
-        assert ratios == pytest.approx(factors), choice
+def test_what_is_ours_counts_as_slower_in_a_server_than_alone() -> None:
+    alone = machete()
+    decodes = 1.05, 1.1, 1.1, 1, 1
+    for layers, streams in ((128, 1), (192, 1), (256, 1.1)):  # of a model whose launches no longer fit the queue
+        expected = measure.in_a_server(alone, layers)
+        known = {"own": decodes, "fused": decodes, "stream": (streams,) * 5, "int4": (1,) * 5, "twin:bfloat16": (1,) * 5}
+        for choice, factors in known.items():
+            ratios = [b.min / a.min for a, b in zip(alone.times[choice], expected.times[choice], strict=True)]
+            assert ratios == pytest.approx(factors), choice
+
+
+@pytest.mark.parametrize(("layers", "path"), [(128, "stream"), (256, "fused")])
+def test_a_model_whose_launches_do_not_fit_a_queue_streams_only_where_that_is_far_ahead(layers: int, path: str) -> None:
+    own = [20, 28, 200, 400, 800]
+    found = measured(int4=[30, 30, 100, 180, 350], own=own, fused=[20, 25, 80, 160, 320], stream=[150, 150, 180, 150, 300])
+    route = measure.offer(layer("cuda"), found, None, 0, layers=layers).route
+    assert str(route(measure.forms_of(layer("cuda"), [])[1])).split(", ")[-1].startswith(path)
+    behind = measured(int4=[30, 30, 100, 380, 750], own=own, fused=[20, 25, 180, 360, 720], stream=[150, 150, 180, 190, 300])
+    route = measure.offer(layer("cuda"), behind, None, 0, layers=layers).route
+    assert str(route(measure.forms_of(layer("cuda"), [])[1])).split(", ")[-1].startswith("stream")
 
 
 def test_paths_of_a_copy_and_of_vllm_take_turns() -> None:
@@ -164,8 +179,10 @@ def test_a_kernel_that_does_not_compile_takes_no_other_along(caplog: pytest.LogC
 
     calls = {"fused": broken, "stream": lambda x: rows.append(len(x))}
     with caplog.at_level(logging.WARNING, "vllm.twinweight"):
-        assert list(measure._ready(calls, layer("meta"))) == ["stream"]
+        assert list(measure._ready(calls, layer("meta"), 8192)) == ["stream"]
     assert set(rows) == set(grid(torch.device("meta")))
+    assert list(measure._ready(calls, layer("meta"), 16384)) == ["stream"]
+    assert set(rows) == {*grid(torch.device("meta")), 16384}
     assert "does without fused" in caplog.text
     assert "no such instruction" in caplog.text
 
@@ -174,7 +191,7 @@ def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypa
     times = measured(int4=[1] * 5, own=[1] * 5, stream=[1] * 5, twin_bfloat16=[1] * 5)
     asked: list[tuple[object, float]] = []
 
-    def timed(layers: list[object], lossy: object, seconds: float) -> Measured:
+    def timed(layers: list[object], lossy: object, seconds: float, most: int) -> Measured:
         asked.append((layers[0], seconds))
         return times
 
@@ -211,6 +228,35 @@ def test_times_of_layers_that_caches_may_hold_are_for_as_few_alone(tmp_path: Pat
     for layers in (2, 2, 3, 6, 9, 2):  # calls rotate over six of such layers on a CPU
         measure.known_or_measured({kind: [layer("cpu")] * layers}, lambda kernel: [], store)
     assert asked == [2, 3, 6]
+
+
+class Kept:
+    """A cache of times that knows no device."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, Measured] = {}
+
+    def read(self, key: dict[str, object], device: torch.device, vllm: str) -> Measured | None:
+        return self.times.get(f"{key} {device}")
+
+    def write(self, key: dict[str, object], device: torch.device, found: Measured, vllm: str) -> None:
+        self.times[f"{key} {device}"] = found
+
+
+def test_times_of_larger_steps_are_others_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = Kept()
+    times = dataclasses.replace(TIMES, times={**TIMES.times, "fused": TIMES.times["int4"]})
+    asked: list[tuple[str, int]] = []
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "compile_together", lambda calls: None)
+    for device in ("meta", "cpu"):
+        monkeypatch.setattr(
+            measure, "measure", lambda layers, lossy, seconds, most, on=device: asked.append((on, most)) or times
+        )
+        kind = measure.Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
+        for most in (2048, 8192, 16384, 8192, 32768):
+            measure.known_or_measured({kind: [layer(device)] * 99}, lambda kernel: [], store, most)
+    assert asked == [("meta", 2048), ("meta", 16384), ("cpu", 2048)]
 
 
 def test_times_depend_on_what_inner_kernels_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ class Life:
         given = self.config.crossover
         kernels = self._one_of_each()
         offers = {
-            kind: measure.offer(kernel, self.measured.get(kind.timed), given, least, self._lossy(kernel))
+            kind: measure.offer(kernel, self.measured.get(kind.timed), given, least, self._lossy(kernel), len(self.kernels))
             for kind, kernel in kernels.items()
         }
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:

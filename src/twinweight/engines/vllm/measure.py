@@ -27,7 +27,7 @@ from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
 from twinweight.paths import Path, Route
 from twinweight.plan import MARGIN, Offer, TwinOption
-from twinweight.search import grid, time_variants
+from twinweight.search import FULL, grid, time_variants
 from twinweight.timing import in_turn
 from twinweight.workload import HEAD_ROWS, Workload
 
@@ -39,8 +39,8 @@ for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included),
 counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.25
-"""Seconds that a path which may be the best at 8192 rows runs before it is timed there: a server with full chunks is busy."""
+_LOAD = 0.3
+"""Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
 
@@ -62,6 +62,16 @@ Servers of llama-3.1-8b and qwen3-32b on H200s with own copies (`benchmarks/resu
 decode became faster as if ours took 0.95 to 0.99 times as long as their times by themselves (`h200-paths.json`) at 1 row, 0.97
 to 1.06 at 32, 1.08 at 64 and 1.05 to 1.08 at 128. They unpack on all multiprocessors while they read, and a server's GPU comes
 to its power limit, where that costs clocks that a short measurement keeps (`h200-vllm-clocks.json`).
+"""
+
+_QUEUED, _STREAMED = 192, 1.1
+"""W4A16 layers from which on `stream` counts as taking so many times as long in a server.
+
+A driver's queue holds about 800 launches. With 12 for a transformer layer of four linears, and one to three more for each that
+streams, the launches of a model of 64 such layers no longer fit: the host waits until much of a step has run, and only then
+hands on the first tokens of the step before. qwen3-32b on an H200, steps of 16384 tokens: with 51200 x 5120 by `stream` (192
+launches more) steps took 0.970 times as long and first tokens came 1.039 times as late, with `fused` both 0.976; 64 launches
+more, for 5120 x 8192 or 5120 x 25600, 1.004 and 1.007, 1.012 and 1.016 (`h200-vllm-routes.json`).
 """
 
 _SPARED = 1.1
@@ -128,7 +138,7 @@ def known_or_measured(
     vllm, found = compat.version(), {}
     for kind, same in layers.items():
         first = same[0]
-        known = store.read(_key(kind, same), first.device, vllm=vllm) if store is not None else None
+        known = store.read(_key(kind, same, most), first.device, vllm=vllm) if store is not None else None
         if known is not None and {INT4, *_ours(first, lossy(first))} <= set(known.times):
             found[kind] = known
     new = {kind: same for kind, same in layers.items() if kind not in found}
@@ -138,18 +148,20 @@ def known_or_measured(
         log.debug("Twinweight: kernels compiled, or found so, in %.1f s", time.perf_counter() - began)
     for kind, same in new.items():
         began = time.perf_counter()
-        found[kind] = measure(same, lossy(same[0]), SECONDS / len(new))
+        found[kind] = measure(same, lossy(same[0]), SECONDS / len(new), most)
         log.debug("Twinweight: %s timed in %.1f s", kind, time.perf_counter() - began)
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
         if store is not None and found[kind].whole:
-            store.write(_key(kind, same), same[0].device, found[kind], vllm=vllm)
+            store.write(_key(kind, same, most), same[0].device, found[kind], vllm=vllm)
     return found
 
 
-def _key(kind: Kind, same: Sequence[Wrapped]) -> dict[str, object]:
+def _key(kind: Kind, same: Sequence[Wrapped], most: int) -> dict[str, object]:
     """What the cache knows the times by. Those of too few layers to rotate over are for as few alone: caches answered."""
-    enough = _rotated(same[0])
-    return {**kind.key, "layers": len(same)} if len(same) < enough else kind.key
+    key, device = kind.key, same[0].device
+    if len(same) < _rotated(same[0]):
+        key |= {"layers": len(same)}
+    return key if grid(device, most) == grid(device) else {**key, "rows": FULL}
 
 
 def _timed_rows(kernel: Wrapped) -> int:
@@ -171,12 +183,12 @@ def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
 
 
 @torch.inference_mode()
-def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float = math.inf) -> Measured:
+def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float = math.inf, most: int = 0) -> Measured:
     """Time the inner kernel and all that a layer could have besides; `layers` are of one kind.
 
     Calls rotate over the layers, and over copies of what is ours, so that caches do not answer for memory. On a CPU a
     slice of rows stands for the weight, and its time is scaled. On a GPU graphs are timed: at few rows a launch costs
-    more than the kernel, and a server decodes from graphs.
+    more than the kernel, and a server decodes from graphs. most: the most rows of a step.
     """
     first = layers[0]
     device, n = first.device, _timed_rows(first)
@@ -186,20 +198,22 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
-    ready = _ready({name: timed[choice] for name, choice in ours.items()}, first)
+    ready = _ready({name: timed[choice] for name, choice in ours.items()}, first, most)
     calls = {INT4: in_turn(inners), **ready}
     orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
     wrap = Graphs().replayed if device.type == "cuda" else None
     measured = time_variants(
         calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds,
-        load=_LOAD if device.type != "cpu" else 0.0,
+        load=_LOAD if device.type != "cpu" else 0.0, most=most,
     )  # fmt: skip
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
     return replace(measured, times=scaled, n=first.n)
 
 
-def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> dict[str, Callable[[Tensor], object]]:
+def _ready(
+    calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped, most: int
+) -> dict[str, Callable[[Tensor], object]]:
     """Those of our calls that run for all rows of the grid. A compiler that fails, on a GPU that nobody tried, takes no other
     path along.
     """
@@ -208,7 +222,7 @@ def _ready(calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped) -> 
         return dict(calls)
     for name, call in calls.items():
         try:
-            for m in grid(device):
+            for m in grid(device, most):
                 call(torch.empty(m, kernel.k, dtype=kernel.dtype, device=device))
             ready[name] = call
         except Exception as error:  # whatever Triton raises
@@ -267,32 +281,40 @@ def twin_of(form: str) -> str | None:
     return next((part for part in form.split("+") if part != OWN), None)
 
 
-def costs(measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True, most: int = 0) -> Costs:
-    """The `Offer` of measured times. Of these forms, those that were timed. n, least, most: as in `Costs`."""
+def costs(
+    measured: Measured, forms: Sequence[Form], n: int, least: int = 0, *, on_gpu: bool = True, most: int = 0, layers: int = 0
+) -> Costs:
+    """The `Offer` of measured times. Of these forms, those that were timed. n, least, most: as in `Costs`; layers: of the model
+    that have a W4A16 weight.
+    """
     timed = tuple(f for f in forms if set(f.choices) <= set(measured.times))
-    return Costs(in_a_server(measured) if on_gpu else measured, Form("none", 0, (INT4,)), timed, n, least, most)
+    return Costs(in_a_server(measured, layers) if on_gpu else measured, Form("none", 0, (INT4,)), timed, n, least, most)
 
 
-def in_a_server(measured: Measured) -> Measured:
-    """A GPU's times as a server will have them (`_ALONE`)."""
-    factors = [next((factor for most, factor in _ALONE if m <= most), 1.0) for m in measured.ms]
-    ours = {
-        name: tuple(t.times(f) for t, f in zip(measured.times[name], factors, strict=True))
-        for name in _OURS
+def in_a_server(measured: Measured, layers: int = 0) -> Measured:
+    """A GPU's times as a server will have them (`_ALONE`, `_STREAMED`). layers: as in `costs`."""
+    ours = [next((factor for most, factor in _ALONE if m <= most), 1.0) for m in measured.ms]
+    factors = {**dict.fromkeys(_OURS, ours), "stream": [_STREAMED if layers > _QUEUED else 1.0] * len(ours)}
+    slower = {
+        name: tuple(t.times(f) for t, f in zip(measured.times[name], factors[name], strict=True))
+        for name in factors
         if name in measured.times
     }
-    return replace(measured, times={**measured.times, **ours})
+    return replace(measured, times={**measured.times, **slower})
 
 
-def offer(kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = ()) -> Offered:
+def offer(
+    kernel: Wrapped, measured: Measured | None, rows: int | None, least: int, lossy: Sequence[str] = (), layers: int = 0
+) -> Offered:
     """What a kind of layer could have, and which rows a twin would serve.
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
-    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for.
+    twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for. layers: as in
+    `costs`.
     """
     offered, most = forms_of(kernel, lossy), _most(kernel)
     if measured is not None:
-        return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu", most=most)
+        return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu", most=most, layers=layers)
     given = tuple(f for f in offered if not f.paths) if rows is not None and not most else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 
