@@ -116,6 +116,43 @@ def test_every_byte_is_counted_once(name: str) -> None:
     assert shard(config, 2).weight_bytes < 0.6 * rank.weight_bytes or name == "qwen3-vl-2b"
 
 
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840,
+}  # fmt: skip
+"""DeepSeek-V3's config.json, cut to a dense layer and two with experts."""
+
+
+@pytest.mark.parametrize("tp", [1, 8])
+def test_latent_attention(tp: int) -> None:
+    """As vLLM has it: latents, and what compresses to them, whole on every rank; heads, and what expands to them, split."""
+    rank = shard(DEEPSEEK, tp)
+    attention = {"2112x7168", f"{24576 // tp}x1536", f"{32768 // tp}x512", f"7168x{16384 // tp}"}
+    dense, shared = (({f"{2 * n // tp}x7168", f"7168x{n // tp}"}) for n in (18432, 2048))
+    found = Counter(map(str, rank.weights.values()))
+    assert found == dict.fromkeys(attention, 3) | dict.fromkeys(dense, 1) | dict.fromkeys(shared, 2)
+    assert "model.layers.0.self_attn.fused_qkv_a_proj" in rank.weights
+    assert rank.kv_bytes_per_token == 3 * (512 + 64) * 2
+    assert rank.head_dims == 128 // tp * (128 + 64)
+    experts = 2 * 256 * 3 * 2048 * 7168 // tp
+    assert rank.expert_weights == experts
+    twice = 3 * 32768 // tp * 512 * 2  # in 16 bits, for decode
+    embeddings, router, norms = 2 * 129280 * 7168 * 2 // tp, 2 * 256 * 7168 * 2, 3 * (2 * 7168 + 1536 + 512) * 2 + 7168 * 2
+    assert rank.other_bytes == experts // 2 + experts // 128 * 2 + twice + embeddings + router + norms
+
+
+def test_latent_attention_whose_queries_are_not_compressed() -> None:
+    """As in DeepSeek-V2-Lite."""
+    rank = shard({k: v for k, v in DEEPSEEK.items() if k != "q_lora_rank"} | {"q_lora_rank": None}, 2)
+    names = {name.rpartition("self_attn.")[2] for name in rank.weights if ".0.self_attn" in name}
+    assert names == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    kinds = {str(rank.weights[f"model.layers.0.self_attn.{name}"]) for name in ("q_proj", "kv_a_proj_with_mqa")}
+    assert kinds == {f"{128 * 192 // 2}x7168", "576x7168"}
+
+
 def quantized(**changes: Any) -> dict[str, Any]:
     """One layer of Llama-3.2-1B with a quantization config."""
     base = quantization_config(Recipe("compressed-tensors", 128, True, "bfloat16"), ["lm_head"])
@@ -166,7 +203,8 @@ def test_ignored_modules_are_dense() -> None:
         (presets.preset("llama-3.2-1b", 1), 3, ConfigError, "--tp 3: 32 attention and 8 key-value heads"),
         (presets.preset("gemma-3-1b", 1), 8, ConfigError, "--tp 8"),
         (presets.preset("llama-3.2-1b", 1), 32, ConfigError, "groups of 128"),
-        (presets.preset("llama-3.2-1b", 1) | {"kv_lora_rank": 512}, 1, ConfigError, "latent attention"),
+        (presets.preset("llama-3.2-1b", 1) | {"kv_lora_rank": 512}, 1, ConfigError, "latent attention .* not of llama"),
+        (DEEPSEEK | {"index_topk": 64}, 1, ConfigError, "latent attention"),
         (quantized(quant_method="fp8"), 1, UnsupportedError, "fp8"),
         (quantized(ignore=["re:.*q_proj"]), 1, UnsupportedError, "quantized alike"),
         (quantized(config_groups={"g": {"targets": ["Linear"], "weights": GROUP | {"num_bits": 8}}}), 1, UnsupportedError, "8"),

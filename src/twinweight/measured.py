@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +28,18 @@ class Measured:
     """Seconds a call at each number of rows in `ms` (ascending), per choice.
 
     n: output features that were timed; the weight's own, or fewer where a slice of its rows stands for it. whole: whether no
-    time limit cut it short; what is read back is.
+    time limit cut it short; what is read back is. failed: choices that do not run here.
     """
 
     ms: tuple[int, ...]
     times: dict[str, tuple[Timing, ...]]
     n: int
     whole: bool = True
+    failed: tuple[str, ...] = ()
+
+    def tried(self, choices: Collection[str]) -> bool:
+        """Whether all of these were timed, or found not to run."""
+        return {*choices} <= {*self.times, *self.failed}
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -105,9 +110,9 @@ class Measured:
         return tuple(zip(rows, (choices[c] for c in used), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """{"ms", "n", "times": {choice: [[median, min, max, spread], ...]}}, in seconds."""
+        """{"ms", "n", "times": {choice: [[median, min, max, spread], ...]}, "failed": [choice, ...]}, in seconds."""
         times = {c: [[t.median, t.min, t.max, t.spread] for t in ts] for c, ts in self.times.items()}
-        return {"ms": list(self.ms), "n": self.n, "times": times}
+        return {"ms": list(self.ms), "n": self.n, "times": times, "failed": list(self.failed)}
 
     @staticmethod
     def from_json(found: Any) -> Measured:
@@ -118,7 +123,7 @@ class Measured:
         whole = all(len(ts) == len(ms) and all(math.isfinite(t.min) and t.min >= 0 for t in ts) for ts in times.values())
         if not (ms and times and ascending and whole):
             raise ValueError("sizes and times do not belong together")
-        return Measured(ms, times, int(found["n"]))
+        return Measured(ms, times, int(found["n"]), failed=tuple(map(str, found.get("failed", ()))))
 
 
 def _least(t: Timing) -> float:

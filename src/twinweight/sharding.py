@@ -2,8 +2,11 @@
 
 q, k and v are one weight there, and so are gate and up. Column-parallel weights (those two, and others) split their output
 features, row-parallel ones (o_proj, down_proj) their input features; where there are fewer KV heads than ranks, each rank holds
-one whole. Embedding and head split the vocabulary, padded to 64. Norms and a vision tower are whole on every rank.
-Source: vLLM 0.32 `model_executor/layers/linear.py`, `vocab_parallel_embedding.py`.
+one whole. Embedding and head split the vocabulary, padded to 64. Norms and a vision tower are whole on every rank. With latent
+attention (DeepSeek's) every rank has all latents, and the weights that compress to them; those that expand heads are split, and
+kept in 16 bits as well.
+Source: vLLM 0.32 `model_executor/layers/linear.py`, `vocab_parallel_embedding.py`, `models/deepseek_v2.py`,
+`layers/attention/mla_attention.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
@@ -21,6 +24,10 @@ _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
+_LATENT = {**dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"), "q_proj": "q_proj"}
+"""What latent attention merges otherwise."""
+_LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+_WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa"))
 _ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2"))
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _VOCABULARY = 64
@@ -104,8 +111,6 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
 
     source = file or Path("config.json")
     given = {**config, **config.get("text_config", {})}
-    if given.get("kv_lora_rank"):
-        raise ConfigError("plan does not know latent attention (kv_lora_rank): its KV cache has another size")
     scheme, assumptions = _scheme(config, source)
     model: Any = skeleton({k: v for k, v in config.items() if k != "quantization_config"})
     # A config.json leaves out what its model has by default.
@@ -113,22 +118,27 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     decoder = quantized_modules(model)
     heads = int(text["num_attention_heads"])
     kv_heads = key_value_heads(text.get, heads)
-    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+    latent = _latent_dims(text)
+    head_dim = latent.head if latent else int(text.get("head_dim") or text["hidden_size"] // heads)
     if tp < 1 or heads % tp or (kv_heads % tp and tp % kv_heads):
         raise ConfigError(f"--tp {tp}: {heads} attention and {kv_heads} key-value heads do not split over so many GPUs")
     own_kv = max(1, kv_heads // tp)
     joined = (heads + 2 * kv_heads) * head_dim, (heads // tp + 2 * own_kv) * head_dim
 
+    merges = _MERGED
+    if latent is not None:
+        merges = _MERGED | (_LATENT if text.get("q_lora_rank") else {"q_proj": "q_proj"})
     parts: dict[str, list[tuple[int, int, Module | None]]] = {}
+    weights, other = {}, 0
     for name, (n, k) in decoder.items():
         parent, _, last = name.rpartition(".")
         if last in _ROW_PARALLEL:
             k = _split(k, tp, name)
-        else:
+        elif last not in _WHOLE:
             n = _rows(last, n, tp, kv_heads, joined, name)
-        merged = f"{parent}.{_MERGED[last]}" if last in _MERGED else name
+        other += n * k * _ITEMSIZE if last == "kv_b_proj" else 0  # besides the weight itself, for decode
+        merged = f"{parent}.{merges[last]}" if last in merges else name
         parts.setdefault(merged, []).append((n, k, scheme(name)))
-    weights, other = {}, 0
     for name, found in parts.items():
         n, k, how = sum(n for n, _, _ in found), found[0][1], found[0][2]
         if any(part[2] != how for part in found):
@@ -159,7 +169,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     expert_bytes = experts // 2 + experts // size * 2
     other += expert_bytes
     layers, kinds = int(text["num_hidden_layers"]), text.get("layer_types")
-    kv_rows = _kv_rows(decoder, kv_heads, own_kv, head_dim)
+    kv_rows = latent.token * layers if latent else _kv_rows(decoder, kv_heads, own_kv, head_dim)
     per_token, total = text.get("num_experts_per_tok") or 0, next((text[key] for key in _EXPERTS if text.get(key)), 1)
     return Rank(
         weights, other, embedding, experts, experts * per_token // total,
@@ -167,6 +177,24 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
         int(text["hidden_size"]), heads // tp * head_dim, int(text["vocab_size"]),
         int(text.get("max_position_embeddings") or 0), (*assumptions, *_notes(expert_bytes, kinds)),
     )  # fmt: skip
+
+
+class _Latent(NamedTuple):
+    """head: features of a query. token: of what a layer keeps of a token, on every rank."""
+
+    head: int
+    token: int
+
+
+def _latent_dims(text: Mapping[str, Any]) -> _Latent | None:
+    """Of latent attention; None for another. Raises ConfigError for a model of which something else is kept."""
+    if not text.get("kv_lora_rank"):
+        return None
+    if text.get("model_type") not in _LATENT_MODELS or text.get("index_topk"):
+        known = ", ".join(_LATENT_MODELS)
+        raise ConfigError(f"plan knows latent attention (kv_lora_rank) of {known}, not of {text.get('model_type')}")
+    rope = int(text["qk_rope_head_dim"])
+    return _Latent(int(text["qk_nope_head_dim"]) + rope, int(text["kv_lora_rank"]) + rope)
 
 
 def _rows(last: str, n: int, tp: int, kv_heads: int, joined: tuple[int, int], name: str) -> int:

@@ -179,12 +179,33 @@ def test_a_kernel_that_does_not_compile_takes_no_other_along(caplog: pytest.LogC
 
     calls = {"fused": broken, "stream": lambda x: rows.append(len(x))}
     with caplog.at_level(logging.WARNING, "vllm.twinweight"):
-        assert list(measure._ready(calls, layer("meta"), 8192)) == ["stream"]
+        ready, failed = measure._ready(calls, layer("meta"), 8192)
+        assert (list(ready), failed) == (["stream"], ("fused",))
     assert set(rows) == set(grid(torch.device("meta")))
-    assert list(measure._ready(calls, layer("meta"), 16384)) == ["stream"]
+    assert list(measure._ready(calls, layer("meta"), 16384)[0]) == ["stream"]
     assert set(rows) == {*grid(torch.device("meta")), 16384}
     assert "does without fused" in caplog.text
     assert "no such instruction" in caplog.text
+
+
+def test_a_kernel_that_ran_out_of_memory_is_tried_again() -> None:
+    def full(x: Tensor) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert measure._ready({"fused": full}, layer("meta"), 0) == ({}, ())
+
+
+def test_what_does_not_run_is_not_tried_at_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    store: Any = Kept()
+    found = dataclasses.replace(TIMES, failed=("fused",))
+    asked: list[int] = []
+    monkeypatch.setattr(compat, "version", lambda: "0.0")
+    monkeypatch.setattr(measure, "compile_together", lambda calls: None)
+    monkeypatch.setattr(measure, "measure", lambda *args: asked.append(1) or Measured.from_json(found.to_json()))
+    kind = measure.Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
+    for kinds in ([], [], ["fp8-row"]):
+        measure.known_or_measured({kind: [layer("meta")] * 99}, lambda kernel, kinds=kinds: kinds, store)  # type: ignore[misc]
+    assert asked == [1, 1]  # an 8-bit twin was not tried
 
 
 def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
 from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
-from tests.engines.vllm.models import PROMPTS, SHORT, adapter, int4_head, linears, short, short_w8, without_int4
+from tests.engines.vllm.models import PROMPTS, SHORT, adapter, int4_head, latent, linears, short, short_w8, without_int4
 
 pytestmark = needs_kernel
 
@@ -34,6 +34,17 @@ def test_an_int4_head_gets_no_twin() -> None:
     assert "lm_head" in report["inner"]
     assert "lm_head" not in report["twins"]
     assert_same_tokens(off, on)
+
+
+def test_latent_attention_computes_with_twins_what_it_did() -> None:
+    """vLLM multiplies what expands heads with the identity, through the wrapped kernel, and decodes by that."""
+    job = Job(latent(), ON)
+    twins = result(job)["reports"][0][0]["twins"]
+    kinds = {name.partition("layers.0.")[2] for name in twins if ".layers.0." in name}
+    attention = {f"self_attn.{n}" for n in ("fused_qkv_a_proj", "q_b_proj", "kv_b_proj", "o_proj")}
+    assert kinds == attention | {"mlp.gate_up_proj", "mlp.down_proj"}
+    assert all(twin["exact"] for twin in twins.values())
+    assert_same_tokens(Job(latent()), job)
 
 
 def test_groups_that_our_kernels_do_not_take_are_measured_without_them() -> None:

@@ -25,6 +25,7 @@ from twinweight.kernels import backend_for
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
+from twinweight.memory import is_out_of_memory
 from twinweight.paths import Path, Route
 from twinweight.plan import MARGIN, Offer, TwinOption
 from twinweight.search import FULL, grid, time_variants
@@ -139,7 +140,7 @@ def known_or_measured(
     for kind, same in layers.items():
         first = same[0]
         known = store.read(_key(kind, same, most), first.device, vllm=vllm) if store is not None else None
-        if known is not None and {INT4, *_ours(first, lossy(first))} <= set(known.times):
+        if known is not None and known.tried({INT4, *_ours(first, lossy(first))}):
             found[kind] = known
     new = {kind: same for kind, same in layers.items() if kind not in found}
     if any(first.device.type != "cpu" for first, *_ in new.values()):
@@ -198,7 +199,7 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     inners = [_inner(k, None if whole else part) for k, part in zip(used, parts, strict=True)]
     ours = _ours(first, lossy)
     timed = variants(shape_of(first), n, list(ours.values()))
-    ready = _ready({name: timed[choice] for name, choice in ours.items()}, first, most)
+    ready, failed = _ready({name: timed[choice] for name, choice in ours.items()}, first, most)
     calls = {INT4: in_turn(inners), **ready}
     orders = [f.choices for f in forms_of(first, lossy) if set(f.choices) <= set(calls)]
     wrap = Graphs().replayed if device.type == "cuda" else None
@@ -208,18 +209,18 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     )  # fmt: skip
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
-    return replace(measured, times=scaled, n=first.n)
+    return replace(measured, times=scaled, n=first.n, failed=failed)
 
 
 def _ready(
     calls: Mapping[str, Callable[[Tensor], object]], kernel: Wrapped, most: int
-) -> dict[str, Callable[[Tensor], object]]:
-    """Those of our calls that run for all rows of the grid. A compiler that fails, on a GPU that nobody tried, takes no other
-    path along.
+) -> tuple[dict[str, Callable[[Tensor], object]], tuple[str, ...]]:
+    """Those of our calls that run for all rows of the grid, and the names of those that never will. A compiler that fails, on a
+    GPU that nobody tried, takes no other path along.
     """
-    device, ready = kernel.device, {}
+    device, ready, failed = kernel.device, {}, []
     if device.type == "cpu":
-        return dict(calls)
+        return dict(calls), ()
     for name, call in calls.items():
         try:
             for m in grid(device, most):
@@ -227,7 +228,9 @@ def _ready(
             ready[name] = call
         except Exception as error:  # whatever Triton raises
             log.warning("Twinweight does without %s for %s: %s", name, kind_of(kernel), error)
-    return ready
+            if not is_out_of_memory(error):
+                failed.append(name)
+    return ready, tuple(failed)
 
 
 def shape_of(kernel: Wrapped) -> Shape:
