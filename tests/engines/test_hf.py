@@ -23,7 +23,7 @@ from twinweight import memory, modes, paths, synth, twin, twins
 from twinweight.crossover import Crossovers, Measured, Shape
 from twinweight.engines import hf
 from twinweight.errors import BudgetError, CheckpointError, ConfigError, UnsupportedError
-from twinweight.kernels import int8
+from twinweight.kernels import cpu, int8
 from twinweight.linear import Int4Linear
 from twinweight.timing import Timing
 from twinweight.twins import int4_linears
@@ -221,6 +221,15 @@ def test_decode_stays_on_int4(checkpoint: Path, mode: str, compiled: bool) -> No
     assert decode == {paths.Path.INT4}
     assert prefill == {paths.Path.TWIN if mode == "soft" else paths.Path.INT4}
     assert torch.equal(out, expected)
+
+
+def test_a_device_begins_before_the_checkpoint_is_opened(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    opened = hf._open
+    monkeypatch.setattr(cpu, "begin", seen.append)
+    monkeypatch.setattr(hf, "_open", lambda *args: seen.append("opened") or opened(*args))
+    twinweight.load(checkpoint, mode="off")
+    assert seen == [CPU, "opened"]
 
 
 def test_off_is_the_same_as_not_having_twins(checkpoint: Path) -> None:

@@ -1,9 +1,11 @@
 """The GPU backend's own part: layouts and column order. Its kernels have their tests beside this file."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
+import triton.runtime.cache
 
 from tests.helpers import assert_close, random_weight
 from twinweight.kernels import gpu
@@ -11,6 +13,20 @@ from twinweight.kernels.reference import linear as reference
 from twinweight.paths import Path
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # without a GPU: Triton's interpreter
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_gpu_begins_in_the_background_and_never_fails_by_it(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    hashed: list[int] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", lambda: 1 // 0 if fails else hashed.append(1))
+    gpu.begin(DEVICE)
+    for thread in threading.enumerate():
+        if thread.name == "twinweight-begin":
+            thread.join()
+    assert told == []
+    assert hashed == ([] if fails else [1])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
