@@ -44,7 +44,8 @@ def test_latent_attention_computes_with_twins_what_it_did() -> None:
     attention = {f"self_attn.{n}" for n in ("fused_qkv_a_proj", "q_b_proj", "kv_b_proj", "o_proj")}
     assert kinds == attention | {"mlp.gate_up_proj", "mlp.down_proj"}
     assert all(twin["exact"] for twin in twins.values())
-    assert_same_tokens(Job(latent()), job)
+    assert {path.partition("@")[0] for path in calls(job, 2)} == {"int4", "twin"}
+    assert_same_tokens(Job(latent()), job, least=0.05)  # random weights are rarely sure
 
 
 def test_groups_that_our_kernels_do_not_take_are_measured_without_them() -> None:
