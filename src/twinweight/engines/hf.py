@@ -230,8 +230,12 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def _kv_heads(text: PretrainedConfig) -> tuple[int, int]:
-    """Key-value heads and their size; none where a model has no attention."""
+    """Key-value heads and their size; none where a model has no attention. Of latent attention, of which some versions of
+    transformers keep the latents alone, as if all keys and values were kept.
+    """
     heads = getattr(text, "num_attention_heads", None) or 0
+    if getattr(text, "kv_lora_rank", None):
+        return heads, -(-(text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim) // 2)
     head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return key_value_heads(lambda name: getattr(text, name, None), heads), head_dim
 

@@ -68,11 +68,11 @@ to its power limit, where that costs clocks that a short measurement keeps (`h20
 _QUEUED, _STREAMED = 192, 1.1
 """W4A16 layers from which on `stream` counts as taking so many times as long in a server.
 
-A driver's queue holds about 800 launches. With 12 for a transformer layer of four linears, and one to three more for each that
-streams, the launches of a model of 64 such layers no longer fit: the host waits until much of a step has run, and only then
+With 12 launches for a transformer layer of four linears, and one to three more for each that streams, those of a model of 64
+layers no longer fit a driver's queue (some 800, by these times): the host waits until much of a step has run, and only then
 hands on the first tokens of the step before. qwen3-32b on an H200, steps of 16384 tokens: with 51200 x 5120 by `stream` (192
-launches more) steps took 0.970 times as long and first tokens came 1.039 times as late, with `fused` both 0.976; 64 launches
-more, for 5120 x 8192 or 5120 x 25600, 1.004 and 1.007, 1.012 and 1.016 (`h200-vllm-routes.json`).
+launches more) steps took 0.971 times as long and first tokens came 1.039 times as late, with `fused` both 0.976; 64 launches
+more, for 5120 x 8192 or 5120 x 25600, 1.003 and 1.007, 1.012 and 1.016 (`h200-vllm-routes.json`).
 """
 
 _SPARED = 1.1
