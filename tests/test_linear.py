@@ -179,6 +179,8 @@ def test_a_size_met_before_gives_the_same(path: Path, twin: str | None, bias: bo
         assert all(torch.equal(linear(v), y) for v, y in zip((x, other), first, strict=True))
         assert sum(paths.calls.values()) == 2
         assert taken(linear, x) == {path}
+    strided = torch.randn(128, 9).bfloat16().t()
+    assert torch.equal(linear(strided), linear(strided.contiguous()))  # a size not met before
     strided = torch.randn(128, 5).bfloat16().t()
     assert torch.equal(linear(strided), linear(strided.contiguous()))
     odd = torch.empty(5 * 128 + 1, dtype=torch.bfloat16)[1:].view(5, 128).copy_(strided)

@@ -127,7 +127,8 @@ class Int4Linear(nn.Module):
         if step is None:
             self._check_width(x)
             y = ops.run(x, self.kernel_weight, bias, twin, scales, route.flat())
-            keep(ready.steps, key, ops.step_of(x, self.kernel_weight, bias, twin, scales, route.flat()))
+            if x.is_contiguous() and not x.data_ptr() & 15:  # another x of this size may be, which could do better
+                keep(ready.steps, key, ops.step_of(x, self.kernel_weight, bias, twin, scales, route.flat()))
             return y
         again = step.again
         if again is not None and step.path == _TWIN:
