@@ -197,6 +197,32 @@ def test_ignored_modules_are_dense() -> None:
     assert rank.weight_bytes - whole.weight_bytes == 2 * down.n * down.k - down.nbytes
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "int4"),
+    [
+        (quantized()["quantization_config"], False),
+        (quantized(ignore=[])["quantization_config"], True),
+        (GPTQ, False),
+        (GPTQ | {"lm_head": True}, True),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, False),
+        (None, False),
+    ],
+)
+def test_an_output_head_of_int4_takes_a_quarter(quantization: dict[str, Any] | None, int4: bool) -> None:
+    """Where the configuration says so, and it is not the embedding."""
+    config = presets.preset("llama-3.2-1b", 1) | ({"quantization_config": quantization} if quantization else {})
+    tied, own = shard(config, 2), shard(config | {"tie_word_embeddings": False}, 2)
+    rows, columns = 128256 // 2, 2048
+    size = 64 if quantization and quantization["quant_method"] == "gptq" else 128
+    expected = rows * columns // 2 + rows * columns // size * 2 if int4 else rows * columns * 2
+    assert own.other_bytes - tied.other_bytes == expected
+    assert own.embedding_bytes == rows * columns * 2
+    assert own.weights == tied.weights
+
+
 @pytest.mark.parametrize(
     ("config", "tp", "error", "message"),
     [

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.formats import awq, compressed_tensors, gptq
+from twinweight.formats.common import is_head
 from twinweight.kv_cache import bytes_per_token, key_value_heads, stateful, windowed
 
 _MERGED = {
@@ -160,8 +161,10 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
         if parameter.ndim == 3 and module.endswith(".experts"):
             experts += parameter.numel() // tp
         elif parameter.ndim == 2 and parameter.shape[0] == text["vocab_size"]:
-            nbytes = -(-vocabulary // tp) * parameter.shape[1] * _ITEMSIZE
-            other += nbytes
+            rows, columns, how = -(-vocabulary // tp), parameter.shape[1], scheme(module) if is_head(module) else None
+            kind = None if how is None else Kind(rows, columns, columns if how[0] == -1 else how[0], how[1], how[2])
+            nbytes = rows * columns * _ITEMSIZE
+            other += nbytes if kind is None else kind.nbytes
             embedding += 0 if "head" in name or text.get("tie_word_embeddings") else nbytes
         else:
             other += parameter.numel() * _ITEMSIZE
@@ -227,10 +230,10 @@ def _split(size: int, tp: int, name: str) -> int:
 
 
 def _scheme(config: Mapping[str, Any], file: Path) -> tuple[Callable[[str], Module | None], tuple[str, ...]]:
-    """How each linear module of the decoder is quantized, by its name; None where it stays dense."""
+    """How each linear module of the decoder, or its head, is quantized, by its name; None where it stays dense."""
     found = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if found is None:
-        return lambda name: (128, True, False), (_ASSUMED,)
+        return lambda name: None if is_head(name) else (128, True, False), (_ASSUMED,)
     method = str(found.get("quant_method")).lower()
     if method == "compressed-tensors":
         ours = compressed_tensors.parse(found, file)
@@ -244,12 +247,12 @@ def _scheme(config: Mapping[str, Any], file: Path) -> tuple[Callable[[str], Modu
         theirs = gptq.parse(found, file)
 
         def by_rule(name: str) -> Module | None:
-            p = theirs.module(name)
+            p = theirs.module(name) if theirs.lm_head or not is_head(name) else None
             return (p.group_size or -1, p.symmetric, p.act_order) if p is not None else None
 
         return by_rule, ()
     if method == "awq":
         third = awq.parse(found, file)
         kind = (third.group_size or -1, not third.zero_point, False)
-        return lambda name: None if third.leaves_dense(name) else kind, ()
+        return lambda name: None if is_head(name) or third.leaves_dense(name) else kind, ()
     raise UnsupportedError(file=file, expected="quant_method: compressed-tensors, gptq or awq", found=repr(method))
