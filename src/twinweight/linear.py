@@ -131,16 +131,17 @@ class Int4Linear(nn.Module):
                 keep(ready.steps, key, ops.step_of(x, self.kernel_weight, bias, twin, scales, route.flat()))
             return y
         again = step.again
-        if again is not None and step.path == _TWIN:
+        if again is None or not x.is_contiguous() or x.data_ptr() & 15:
+            return ops.run(x, self.kernel_weight, bias, twin, scales, route.flat())
+        if step.path == _TWIN:
             calls[step.counted] += 1
             return again(x, twin, bias)
         weight = self.kernel_weight
         if weight is not ready.weight:
             self._ready = None
-        elif again is not None and x.is_contiguous() and not x.data_ptr() & 15:
-            calls[step.counted] += 1
-            return again(x, weight, bias)
-        return ops.run(x, weight, bias, twin, scales, route.flat())
+            return ops.run(x, weight, bias, twin, scales, route.flat())
+        calls[step.counted] += 1
+        return again(x, weight, bias)
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

@@ -82,8 +82,8 @@ def _by(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None, twin: Tensor
 def step_of(
     x: Tensor, w: KernelWeight, bias: Tensor | None, twin: Tensor | None, twin_scales: Tensor | None, route: list[int]
 ) -> Step:
-    """What `run` leads to for x of this size. again: (x, a contiguous one with 16-byte alignment, and the int4 weight, or any x
-    and the twin, as path says, bias) -> y.
+    """What `run` leads to for x of this size. again: (x, contiguous and aligned to 16 bytes; the int4 weight, or the twin where
+    that is the path; bias) -> y.
     """
     m = x.shape[:-1].numel()
     path = paths.pick(route, m)
