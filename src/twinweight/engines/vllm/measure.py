@@ -66,7 +66,7 @@ to its power limit, where that costs clocks that a short measurement keeps (`h20
 """
 
 _QUEUED, _STREAMED = 192, 1.1
-"""W4A16 layers from which on `stream` counts as taking so many times as long in a server.
+"""W4A16 layers beyond which `stream` counts as taking so many times as long in a server.
 
 With 12 launches for a transformer layer of four linears, and one to three more for each that streams, those of a model of 64
 layers no longer fit a driver's queue (some 800, by these times): the host waits until much of a step has run, and only then
