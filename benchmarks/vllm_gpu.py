@@ -14,6 +14,8 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,24 @@ def write_config(preset: str, out: Path, *, dense: bool, layers: int | None) -> 
         recipe = Recipe(format="compressed-tensors", group_size=128, symmetric=True, dtype="bfloat16")
         config["quantization_config"] = quantization_config(recipe, ["lm_head", "mlp.gate"])
     (out / "config.json").write_text(json.dumps(config))
+
+
+@contextmanager
+def weightless(model: str, backend: str, mode: str, **more: Any) -> Iterator[Any]:
+    """A `vllm.LLM` in this process, of a model without weights, in a mode of the plugin. more: arguments of it."""
+    set_environment()
+    for name, value in arm.DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import vllm
+
+    arm.fill_integers()
+    with tempfile.TemporaryDirectory() as tmp:
+        write_config(model, Path(tmp), dense=False, layers=None)
+        yield vllm.LLM(
+            model=tmp, load_format="dummy", max_model_len=16384, attention_backend="FLASH_ATTN", skip_tokenizer_init=True,
+            enable_prefix_caching=False, seed=0, linear_backend=backend, additional_config={"twinweight": {"mode": mode}},
+            **more,
+        )  # fmt: skip
 
 
 def point(text: str) -> tuple[int, int]:

@@ -13,14 +13,13 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import set_environment, write_config
+from vllm_gpu import weightless
 
-from twinweight.engines.vllm import arm, bench
+from twinweight.engines.vllm import arm, bench, compat
 
 PROMPT, STEPS, SAMPLES, PROFILED = 512, 50, 5, 24
 INT4 = ("marlin", "machete", "humming")  # what the names of these kernels have in them
@@ -76,24 +75,14 @@ def main() -> None:
     cli.add_argument("--linear-backend", default="auto")
     cli.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     a = cli.parse_args()
-    set_environment()
     os.environ |= arm.DEFAULTS
-    import vllm
-
-    arm.fill_integers()
     result = json.loads(a.out.read_text()) if a.out.exists() else {"records": []}
-    with tempfile.TemporaryDirectory() as tmp:
-        write_config(a.model, Path(tmp), dense=False, layers=None)
-        llm = vllm.LLM(
-            model=tmp, load_format="dummy", max_model_len=16384, attention_backend="FLASH_ATTN", skip_tokenizer_init=True,
-            enable_prefix_caching=False, seed=0, linear_backend=a.linear_backend,
-            additional_config={"twinweight": {"mode": "soft" if a.mode == "on" else "off"}},
-        )  # fmt: skip
+    with weightless(a.model, a.linear_backend, "soft" if a.mode == "on" else "off") as llm:
         head = {"model": a.model, "mode": a.mode, "inner_kernel": llm.apply_model(arm.inner_kernel)[0]}
         for concurrency in a.concurrency:
             result["records"].append({**head, **measure(llm, concurrency)})
             print(result["records"][-1], flush=True)
-    result["environment"] = {**bench.environment(vllm.__version__), "command": shlex.join(["python", *sys.argv])}
+    result["environment"] = {**bench.environment(compat.version()), "command": shlex.join(["python", *sys.argv])}
     a.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

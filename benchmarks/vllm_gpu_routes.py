@@ -10,20 +10,18 @@ kernel, which the others have. Variants run in turn and back again. Writes {"env
 
 import argparse
 import json
-import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu import set_environment, write_config
+from vllm_gpu import weightless
 
-from twinweight.engines.vllm import arm, bench
+from twinweight.engines.vllm import bench, compat
 from twinweight.paths import Path as Way
 
 PROMPT, AT_ONCE, TOKENS = 8192, 4, 2
@@ -106,21 +104,9 @@ def main() -> None:
     cli.add_argument("--linear-backend", default="machete")
     cli.add_argument("--rounds", type=int, default=4)
     a = cli.parse_args()
-    set_environment()
-    for name, value in arm.DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    import vllm
-
-    arm.fill_integers()
-    with tempfile.TemporaryDirectory() as tmp:
-        write_config(a.model, Path(tmp), dense=False, layers=None)
-        llm = vllm.LLM(
-            model=tmp, load_format="dummy", max_model_len=16384, attention_backend="FLASH_ATTN", seed=0,
-            linear_backend=a.linear_backend, additional_config={"twinweight": {"mode": "soft"}}, skip_tokenizer_init=True,
-            enable_prefix_caching=False, disable_log_stats=False,
-        )  # fmt: skip
+    with weightless(a.model, a.linear_backend, "soft", disable_log_stats=False) as llm:
         records = measure(llm, a.rounds)
-    environment = {**bench.environment(vllm.__version__), "model": a.model, "command": shlex.join(["python", *sys.argv])}
+    environment = {**bench.environment(compat.version()), "model": a.model, "command": shlex.join(["python", *sys.argv])}
     a.out.write_text(json.dumps({"environment": environment, "records": records}, indent=1) + "\n")
 
 

@@ -1,11 +1,29 @@
-"""What tests share: one tolerance, one source of random weights."""
+"""What tests share: one tolerance, one source of random weights, one model with latent attention."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twinweight.weight import Int4Weight, from_values
+
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 128,
+    "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
+    "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840, "rope_theta": 10000.0,
+}  # fmt: skip
+"""DeepSeek-V3's config.json, cut to a dense layer and two with experts."""
+
+
+def latent_model(heads: int, **sizes: int) -> dict[str, Any]:
+    """One like it of two dense layers, small."""
+    small = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "n_group": 1, "topk_group": 1}
+    return {**DEEPSEEK, **small, **tokens, "num_attention_heads": heads, "num_key_value_heads": heads, **sizes}
 
 
 def assert_close(actual: Tensor, reference: Tensor, max_err: float = 2e-2, rms_err: float = 4e-3) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers import DEEPSEEK
 from twinweight import presets
 from twinweight.errors import ConfigError, UnsupportedError
 from twinweight.sharding import shard
@@ -116,16 +117,6 @@ def test_every_byte_is_counted_once(name: str) -> None:
     assert shard(config, 2).weight_bytes < 0.6 * rank.weight_bytes or name == "qwen3-vl-2b"
 
 
-DEEPSEEK = {
-    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "intermediate_size": 18432,
-    "moe_intermediate_size": 2048, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 128,
-    "num_key_value_heads": 128, "n_shared_experts": 1, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8,
-    "topk_group": 4, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
-    "v_head_dim": 128, "vocab_size": 129280, "max_position_embeddings": 163840,
-}  # fmt: skip
-"""DeepSeek-V3's config.json, cut to a dense layer and two with experts."""
-
-
 @pytest.mark.parametrize("tp", [1, 8])
 def test_latent_attention(tp: int) -> None:
     """As vLLM has it: latents, and what compresses to them, whole on every rank; heads, and what expands to them, split."""
@@ -146,7 +137,7 @@ def test_latent_attention(tp: int) -> None:
 
 def test_latent_attention_whose_queries_are_not_compressed() -> None:
     """As in DeepSeek-V2-Lite."""
-    rank = shard({k: v for k, v in DEEPSEEK.items() if k != "q_lora_rank"} | {"q_lora_rank": None}, 2)
+    rank = shard(DEEPSEEK | {"q_lora_rank": None}, 2)
     names = {name.rpartition("self_attn.")[2] for name in rank.weights if ".0.self_attn" in name}
     assert names == {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
     kinds = {str(rank.weights[f"model.layers.0.self_attn.{name}"]) for name in ("q_proj", "kv_a_proj_with_mqa")}

@@ -123,25 +123,20 @@ class Int4Linear(nn.Module):
         if ready is None or ready.twin is not twin or ready.bias is not bias or ready.route is not route:
             ready = self._ready = _ready(self.kernel_weight, twin, scales, bias, route)
         key = x.shape, x.dtype, x.get_device()
-        step = ready.steps.get(key)
-        if step is None:
-            self._check_width(x)
-            y = ops.run(x, self.kernel_weight, bias, twin, scales, route.flat())
-            if x.is_contiguous() and not x.data_ptr() & 15:  # another x of this size may be, which could do better
-                keep(ready.steps, key, ops.step_of(x, self.kernel_weight, bias, twin, scales, route.flat()))
-            return y
-        again = step.again
-        if again is None or not x.is_contiguous() or x.data_ptr() & 15:
-            return ops.run(x, self.kernel_weight, bias, twin, scales, route.flat())
-        if step.path == _TWIN:
-            calls[step.counted] += 1
-            return again(x, twin, bias)
-        weight = self.kernel_weight
+        step, usual = ready.steps.get(key), x.is_contiguous() and not x.data_ptr() & 15
+        if usual and step is not None and step.again is not None:
+            operand = twin if step.path == _TWIN else self.kernel_weight
+            if operand is twin or operand is ready.weight:
+                calls[step.counted] += 1
+                return step.again(x, operand, bias)
+        self._check_width(x)
+        weight, flat = self.kernel_weight, route.flat()
+        y = ops.run(x, weight, bias, twin, scales, flat)
         if weight is not ready.weight:
             self._ready = None
-            return ops.run(x, weight, bias, twin, scales, route.flat())
-        calls[step.counted] += 1
-        return again(x, weight, bias)
+        elif usual and step is None:
+            keep(ready.steps, key, ops.step_of(x, weight, bias, twin, scales, flat))
+        return y
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:

@@ -25,10 +25,9 @@ _MERGED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-_LATENT = {**dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"), "q_proj": "q_proj"}
-"""What latent attention merges otherwise."""
+_WHOLE = ("q_a_proj", "kv_a_proj_with_mqa")
+"""What compresses to latents: one weight, where queries are compressed too."""
 _LATENT_MODELS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-_WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa"))
 _ROW_PARALLEL = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2"))
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _VOCABULARY = 64
@@ -126,9 +125,10 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
     own_kv = max(1, kv_heads // tp)
     joined = (heads + 2 * kv_heads) * head_dim, (heads // tp + 2 * own_kv) * head_dim
 
-    merges = _MERGED
+    merged_into = dict(_MERGED)
     if latent is not None:
-        merges = _MERGED | (_LATENT if text.get("q_lora_rank") else {"q_proj": "q_proj"})
+        del merged_into["q_proj"]
+        merged_into |= dict.fromkeys(_WHOLE, "fused_qkv_a_proj") if text.get("q_lora_rank") else {}
     parts: dict[str, list[tuple[int, int, Module | None]]] = {}
     weights, other = {}, 0
     for name, (n, k) in decoder.items():
@@ -138,7 +138,7 @@ def shard(config: Mapping[str, Any], tp: int = 1, file: Path | None = None) -> R
         elif last not in _WHOLE:
             n = _rows(last, n, tp, kv_heads, joined, name)
         other += n * k * _ITEMSIZE if last == "kv_b_proj" else 0  # besides the weight itself, for decode
-        merged = f"{parent}.{merges[last]}" if last in merges else name
+        merged = f"{parent}.{merged_into[last]}" if last in merged_into else name
         parts.setdefault(merged, []).append((n, k, scheme(name)))
     for name, found in parts.items():
         n, k, how = sum(n for n, _, _ in found), found[0][1], found[0][2]

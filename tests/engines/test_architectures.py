@@ -7,6 +7,7 @@ import torch
 
 import twinweight
 from tests.engines.test_hf import Fixed
+from tests.helpers import latent_model
 from tests.test_synth import tiny
 from twinweight import presets, synth
 from twinweight.bench import Workload, bench
@@ -30,13 +31,10 @@ def test_it_loads_and_generates(name: str, tmp_path: Path) -> None:
 
 def test_latent_attention_loads_and_its_cache_is_not_underestimated(tmp_path: Path) -> None:
     """DeepSeek's: keys of 48 + 16 and values of 32, of four heads, or a latent of 32 + 16, by the version of transformers."""
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 128, "intermediate_size": 256,
-        "num_hidden_layers": 2, "first_k_dense_replace": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 64,
-        "qk_rope_head_dim": 16, "qk_nope_head_dim": 48, "v_head_dim": 32, "vocab_size": 256, "max_position_embeddings": 512,
-        "rope_theta": 10000.0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
+    config = latent_model(
+        4, hidden_size=128, intermediate_size=256, kv_lora_rank=32, q_lora_rank=64, qk_rope_head_dim=16, qk_nope_head_dim=48,
+        v_head_dim=32, vocab_size=256, max_position_embeddings=512,
+    )  # fmt: skip
     synth.write(config, tmp_path, group_size=32)
     model = twinweight.load(tmp_path, crossovers=Fixed(), progress=False, device="cpu")
     assert len([n for n, m in int4_linears(model).items() if m.twin is not None]) == 2 * 8

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tests.formats.writers import QuantCase, write_awq, write_checkpoint, write_compressed_tensors, write_gptq
+from tests.helpers import latent_model
 from twinweight.presets import preset
 from twinweight.synth import write
 
@@ -44,14 +45,9 @@ def synthetic(seed: int) -> str:
 @functools.cache
 def latent() -> str:
     """A random model of two layers with DeepSeek's latent attention, without experts."""
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 512, "intermediate_size": 1536,
-        "moe_intermediate_size": 256, "num_hidden_layers": 2, "first_k_dense_replace": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1, "kv_lora_rank": 512, "q_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128,
-        "v_head_dim": 128, "vocab_size": 4096, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-    }  # fmt: skip
+    config = latent_model(
+        8, hidden_size=512, intermediate_size=1536, q_lora_rank=256, vocab_size=4096, max_position_embeddings=4096
+    )  # fmt: skip
     write(config, BUILD / "latent")
     return str(BUILD / "latent")
 
