@@ -13,7 +13,11 @@ from .tiles import DeviceTraits
 
 @cache
 def traits_of(device: torch.device) -> DeviceTraits:
-    """Traits of a GPU; for the CPU those of a small NVIDIA one, with Triton's interpreter, which truncates to bf16."""
+    """Traits of a GPU, for "meta" of the current one; for the CPU those of a small NVIDIA one, with Triton's interpreter, which
+    truncates to bf16.
+    """
+    if device.type == "meta" and torch.cuda.is_available():
+        return traits_of(torch.device("cuda", torch.cuda.current_device()))
     if device.type != "cuda":
         return DeviceTraits("nvidia", warp_size=32, multiprocessors=8, shared_memory=101376, rounds_bf16=False)
     p = torch.cuda.get_device_properties(device)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,18 +39,25 @@ def compile_together(calls: Iterable[Callable[[], object]]) -> None:
     Most of a compilation waits for LLVM and ptxas, which leave Python to other threads. It only saves time: what fails here,
     for want of memory or by a compiler, is logged, and shows again when it is used.
     """
-    global _only_compiling
     try:
         import triton
 
         several = getattr(triton, "AsyncCompileMode", None)
         threads = ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1))
-        with threads, several(threads, ignore_errors=True) if several is not None else nullcontext():
-            _only_compiling = True
+        with threads, several(threads, ignore_errors=True) if several is not None else nullcontext(), only_compiling():
             for call in calls:
                 call()
     except Exception as error:
         log.info("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def only_compiling() -> Iterator[None]:
+    """Here a `Launch` that was not launched before compiles its kernel, and computes nothing. Its tensors may be on "meta"."""
+    global _only_compiling
+    _only_compiling = True
+    try:
+        yield
     finally:
         _only_compiling = False
 

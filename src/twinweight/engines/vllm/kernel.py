@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,10 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
     State is kept here, not on the layer: vLLM moves, clones and reloads what a layer registers, and the addresses of twins
     must stay. own: the weight in our layout, if there; then the inner kernel is the path INNER. bias: as the inner kernel adds
     it, where there is a bias, and a twin or an own weight (Marlin permutes the layer's). made: parameters that the inner kernel
-    added to the layer. freed: bytes of vLLM's own weight that are gone (`spare`).
+    added to the layer. freed: bytes of vLLM's own weight that are gone (`spare`). on_made: is told of each that is made.
     """
+
+    on_made: ClassVar[Callable[[TwinLinearKernel], None] | None] = None
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -61,6 +64,8 @@ class TwinLinearKernel(MPLinearKernel):  # type: ignore[misc]
         self.route = ONLY_INT4
         self.handle: Tensor | None = None
         self.made: set[str] = set()
+        if TwinLinearKernel.on_made is not None:
+            TwinLinearKernel.on_made(self)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Repack by the inner kernel. In a layerwise reload the layer holds new tensors now: the twin follows, in place."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinweight import cache, twin
-from twinweight.engines.vllm import build, compat, heads, measure, metrics, own, ranks, spare, telling
+from twinweight.engines.vllm import ahead, build, compat, heads, measure, metrics, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.measure import Kind, kind_of
 from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
+from twinweight.kernels.compilers import Compilers
 from twinweight.kv_cache import KVFloor
 from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory
@@ -51,6 +52,7 @@ class Life:
         self.kv_fixed = self.failed = False
         self.charged = 0
         self.floor = KVFloor(0, 0, 0)
+        self.compilers = Compilers()
 
     def follow(self) -> None:
         """Install the kernel class and wrap the worker's methods that load, size, reload, put to sleep and wake."""
@@ -75,7 +77,8 @@ class Life:
 
         Whatever fails in that, a server starts all the same, but in mode `hard`.
         """
-        result = ranks.together(lambda: method(*args, **kwargs))
+        with ahead.compiling(self.compilers, self.worker, self.config):
+            result = ranks.together(lambda: method(*args, **kwargs))
         self.kernels, self.built, self.charged, self.failed = {}, {}, 0, False
         try:
             ranks.together(self._decide)
@@ -123,6 +126,7 @@ class Life:
             for kernel in self.kernels.values():
                 layers.setdefault(kind_of(kernel).timed, []).append(kernel)
             try:
+                self.compilers.finish()
                 found = measure.known_or_measured(layers, self._lossy, cache.default(), compat.chunk(self.worker))
             except Exception:  # the other ranks wait, and a server can do without
                 log.exception("Twinweight could not time the kernels")

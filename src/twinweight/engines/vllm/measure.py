@@ -21,7 +21,7 @@ from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs
-from twinweight.kernels import backend_for
+from twinweight.kernels import backend_for, gpu, int4_path
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
@@ -139,13 +139,13 @@ def known_or_measured(
     vllm, found = compat.version(), {}
     for kind, same in layers.items():
         first = same[0]
-        known = store.read(_key(kind, same, most), first.device, vllm=vllm) if store is not None else None
+        known = store.read(_key_of(kind, same, most), first.device, vllm=vllm) if store is not None else None
         if known is not None and known.tried({INT4, *_ours(first, lossy(first))}):
             found[kind] = known
     new = {kind: same for kind, same in layers.items() if kind not in found}
     if any(first.device.type != "cpu" for first, *_ in new.values()):
         began = time.perf_counter()
-        compile_together(call for first, *_ in new.values() for call in _launches(first, most))
+        compile_together(call for first, *_ in new.values() for call in launches(first, most))
         log.debug("Twinweight: kernels compiled, or found so, in %.1f s", time.perf_counter() - began)
     for kind, same in new.items():
         began = time.perf_counter()
@@ -153,16 +153,24 @@ def known_or_measured(
         log.debug("Twinweight: %s timed in %.1f s", kind, time.perf_counter() - began)
         # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
         if store is not None and found[kind].whole:
-            store.write(_key(kind, same, most), same[0].device, found[kind], vllm=vllm)
+            store.write(_key_of(kind, same, most), same[0].device, found[kind], vllm=vllm)
     return found
 
 
-def _key(kind: Kind, same: Sequence[Wrapped], most: int) -> dict[str, object]:
-    """What the cache knows the times by. Those of too few layers to rotate over are for as few alone: caches answered."""
-    key, device = kind.key, same[0].device
-    if len(same) < _rotated(same[0]):
-        key |= {"layers": len(same)}
-    return key if grid(device, most) == grid(device) else {**key, "rows": FULL}
+def is_known(store: Cache | None, kind: Kind, device: torch.device, most: int) -> bool:
+    """Whether the times of such layers, of as many as there are in a model, are in the cache."""
+    return store is not None and store.read(_key(kind, device, most), device, vllm=compat.version()) is not None
+
+
+def _key(kind: Kind, device: torch.device, most: int) -> dict[str, object]:
+    """What the cache knows the times by."""
+    return kind.key if grid(device, most) == grid(device) else {**kind.key, "rows": FULL}
+
+
+def _key_of(kind: Kind, same: Sequence[Wrapped], most: int) -> dict[str, object]:
+    """The same for these layers. Times of too few to rotate over are for as few alone: caches answered."""
+    key = _key(kind, same[0].device, most)
+    return {**key, "layers": len(same)} if len(same) < _rotated(same[0]) else key
 
 
 def _timed_rows(kernel: Wrapped) -> int:
@@ -175,12 +183,14 @@ def _rotated(kernel: Wrapped) -> int:
     return rotation(kernel.device, _timed_rows(kernel) * kernel.k // 2)
 
 
-def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
-    """Calls that launch all kernels of ours that a layer may ever need, on random weights; `stream` has one for all rows."""
+def launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
+    """Calls, on tensors without data, that launch all kernels of ours a layer may ever need; `stream` has one for all rows."""
     if own.can_have(kernel):
-        for call in variants(shape_of(kernel), kernel.n, [INT4, "fused"]).values():
+        shape, meta = shape_of(kernel), torch.device("meta")
+        weight = gpu.empty(shape.n, shape.k, shape.group_size, shape.dtype, meta, symmetric=shape.symmetric)
+        for path in (Path.INT4, Path.FUSED):
             for m in reversed(own.sizes(most)):  # the largest tiles take longest to compile
-                yield partial(call, torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device))
+                yield partial(int4_path, path, torch.empty(m, shape.k, dtype=shape.dtype, device=meta), weight, None)
 
 
 @torch.inference_mode()

@@ -1,0 +1,60 @@
+"""While a model loads: compile what timing its kinds of layers will launch, in other processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from twinweight import cache
+from twinweight.engines.vllm import compat, measure
+from twinweight.engines.vllm.config import Config
+from twinweight.engines.vllm.kernel import TwinLinearKernel
+from twinweight.kernels.compilers import Compilers
+
+log = logging.getLogger("vllm.twinweight")
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A layer whose weights are not there yet: what of a `Wrapped` says which kernels it may need."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    config: Any
+    inner: Any
+    layer: None = None
+    copyable: bool = True
+    device: torch.device = field(default_factory=lambda: torch.device("meta"))
+
+
+@contextmanager
+def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[None]:
+    """While layers are made, begin to compile for each kind of them that is to be timed: here, and whose times nobody knows.
+    Whatever goes wrong only costs time.
+    """
+    device = compat.device_of(worker)
+    seen: set[measure.Kind] = set()
+
+    def made(kernel: TwinLinearKernel) -> None:
+        coming: Any = Coming(kernel.n, kernel.k, kernel.dtype, kernel.config, kernel.inner)
+        try:
+            kind, most = measure.kind_of(coming), compat.chunk(worker)
+            if kind not in seen:
+                seen.add(kind)
+                if compat.rank() == 0 and not measure.is_known(cache.default(), kind, device, most):
+                    compilers.add(measure.launches(coming, most))
+        except Exception as error:
+            log.info("Twinweight: nothing is compiled while %s loads: %s", kernel, error)
+
+    if config.crossover is None and device.type != "cpu":
+        TwinLinearKernel.on_made = made
+    try:
+        yield
+    finally:
+        TwinLinearKernel.on_made = None

@@ -1,0 +1,146 @@
+"""Kernels compiled ahead of their use by other processes, into Triton's cache on disk, where this one finds them.
+
+Threads do not do it: a tenth of a compilation is Python, which they share (`docs/performance.md`). Run as a module this is the
+process that compiles: it reads a `Job` of JSON a line, and ends with its input. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from twinweight.kernels.launch import only_compiling
+
+log = logging.getLogger("twinweight")
+
+_PROCESSES = 16
+_PATIENCE = 120.0  # seconds
+_PIPE = 1 << 20  # bytes: the jobs are written before the process has imported what it needs to read them
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel, by the module and the name of its function, and what Triton specializes it by (`JITFunction.preload`)."""
+
+    module: str
+    name: str
+    specialization: str
+
+
+class Compilers:
+    """The processes. They are started when there is something to compile; whatever goes wrong with them only costs time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._sent: set[Job] = set()
+
+    def add(self, calls: Iterable[Callable[[], object]]) -> None:
+        """Begin to compile the kernels that these calls launch, on the current GPU; none is run, and nothing is waited for."""
+        try:
+            jobs = [job for job in launched(calls) if job not in self._sent]
+            if jobs:
+                self._send(jobs)
+        except Exception as error:
+            log.info("kernels are not compiled ahead: %s: %s", type(error).__name__, error)
+
+    def finish(self) -> None:
+        """Wait for what was added."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            process.communicate(timeout=_PATIENCE)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.info("kernels are not compiled ahead: %s", error)
+            process.kill()
+            process.wait()
+
+    def _send(self, jobs: list[Job]) -> None:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )  # fmt: skip
+            assert self._process.stdin is not None
+            if hasattr(fcntl, "F_SETPIPE_SZ"):
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
+        assert self._process.stdin is not None
+        self._process.stdin.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
+        self._process.stdin.flush()
+        self._sent.update(jobs)
+
+
+def launched(calls: Iterable[Callable[[], object]]) -> list[Job]:
+    """The kernels that these calls launch and that this process has not compiled. None is run."""
+    jobs: dict[Job, None] = {}
+
+    def see(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
+        jobs[Job(fn.module, fn.name, compile["specialization_data"])] = None
+        return True  # leave it uncompiled
+
+    with _hooked(see), only_compiling():
+        for call in calls:
+            call()
+    return list(jobs)
+
+
+@contextlib.contextmanager
+def _hooked(see: Callable[..., bool]) -> Iterator[None]:
+    from triton import knobs
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, see
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+class _Target:
+    """In place of Triton's driver: a GPU that kernels are compiled for, and that need not be there."""
+
+    def __init__(self, target: dict[str, Any]) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget(**target)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+def _compile(line: str) -> None:
+    from triton.runtime.driver import driver
+
+    job = Job(**json.loads(line))
+    driver.set_active(_Target(json.loads(job.specialization)["target"]))
+    getattr(importlib.import_module(job.module), job.name).preload(job.specialization)
+
+
+def _serve(lines: Iterable[str]) -> None:
+    """Compile each job as it comes, several at a time, until there are no more."""
+    importlib.import_module("twinweight.kernels.fused")  # once, before the processes part
+    for name in ("ampere", "hopper"):
+        with contextlib.suppress(ImportError, AttributeError):
+            importlib.import_module(f"twinweight.kernels.{name}")
+    processes = min(_PROCESSES, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        for line in lines:
+            pool.submit(_compile, line)
+
+
+if __name__ == "__main__":
+    _serve(sys.stdin)

@@ -1,0 +1,86 @@
+"""Which kinds of layers are compiled for while a model loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
+
+import torch
+
+from twinweight.engines.vllm import ahead, compat, measure
+from twinweight.engines.vllm.config import Config
+from twinweight.engines.vllm.kernel import TwinLinearKernel
+
+
+class Compilers:
+    """Counts the calls of each kind, and their rows."""
+
+    def __init__(self) -> None:
+        self.added: list[set[int]] = []
+
+    def add(self, calls: Iterable[Callable[[], object]]) -> None:
+        self.added.append({len(call.args[1]) for call in calls})  # type: ignore[attr-defined]
+
+    def finish(self) -> None:
+        """Nothing runs."""
+
+
+def coming(n: int, bits: int = 4) -> Any:
+    config = SimpleNamespace(
+        weight_type=SimpleNamespace(size_bits=bits), zero_points=False, has_g_idx=False, group_size=128, act_type=torch.bfloat16
+    )
+    return SimpleNamespace(n=n, k=512, config=config, dtype=torch.bfloat16, inner=object())
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker of rank 0 on a GPU, with steps of 2048 tokens."""
+    monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
+    monkeypatch.setattr(compat, "rank", lambda: 0)
+    monkeypatch.setattr(measure, "is_known", lambda store, kind, device, most: kind.n == 256)
+    return SimpleNamespace(device="cuda:0")
+
+
+def made(worker: Any, *kernels: Any, config: Config | None = None) -> list[set[int]]:
+    """What is compiled for these layers: the rows of each kind's calls."""
+    compilers: Any = Compilers()
+    with ahead.compiling(compilers, worker, config or Config("soft")):
+        for kernel in kernels:
+            if TwinLinearKernel.on_made is not None:
+                TwinLinearKernel.on_made(kernel)
+    assert TwinLinearKernel.on_made is None
+    return compilers.added  # type: ignore[no-any-return]
+
+
+def test_each_kind_once_and_none_that_is_known(worker: Any) -> None:
+    found = made(worker, coming(256), coming(512), coming(512), coming(1024), coming(512))
+    assert len(found) == 2
+    assert all({1, 8, 2048} <= rows for rows in found)
+
+
+def test_nothing_where_there_will_be_no_copy(worker: Any) -> None:
+    assert made(worker, coming(512, bits=8)) == [set()]
+
+
+@pytest.mark.parametrize("other", ["rank", "given", "cpu"])
+def test_nothing_where_nothing_is_timed(other: str, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if other == "rank":
+        monkeypatch.setattr(compat, "rank", lambda: 1)
+    if other == "cpu":
+        worker.device = "cpu"
+    assert made(worker, coming(512), config=Config("soft", crossover=64 if other == "given" else None)) == []
+
+
+def test_what_fails_stops_no_load(worker: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(measure, "is_known", lambda *args: 1 // 0)
+    with caplog.at_level(logging.INFO, "vllm.twinweight"):
+        assert made(worker, coming(512)) == []
+    assert "division" in caplog.text

@@ -1,0 +1,77 @@
+"""Kernels compiled by other processes, for a GPU that is not here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinweight.kernels import compilers
+from twinweight.kernels.compilers import Compilers, Job
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent / "compile_ahead.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script says; in this process Triton may be the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def test_this_process_finds_what_others_compiled(found: dict[str, Any]) -> None:
+    assert found["jobs"] >= 3  # decode, and small and large tiles of `fused`
+    assert found["compiled"] == found["jobs"]
+    assert found["rewritten"] == 0
+
+
+def test_what_is_compiled_here_is_no_job(found: dict[str, Any]) -> None:
+    assert found["again"] == 0
+
+
+def test_a_job_that_fails_leaves_nothing_and_stops_nothing(found: dict[str, Any]) -> None:
+    assert found["failed"] == 0
+
+
+def test_without_processes_a_start_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(compilers, "launched", lambda calls: [Job("a", "b", "{}")])
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    ahead = Compilers()
+    with caplog.at_level(logging.INFO, "twinweight"):
+        ahead.add([])
+    ahead.finish()
+    assert "not compiled ahead: FileNotFoundError" in caplog.text
+
+
+def test_what_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ahead = Compilers()
+    ahead._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE, text=True)
+    process = ahead._process
+    monkeypatch.setattr(compilers, "_PATIENCE", 0.1)
+    began = time.perf_counter()
+    with caplog.at_level(logging.INFO, "twinweight"):
+        ahead.finish()
+        ahead.finish()
+    assert time.perf_counter() - began < 30
+    assert process.returncode is not None
+    assert "timed out" in caplog.text
+
+
+def test_nothing_to_compile_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "launched", lambda calls: [])
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a process was started"))
+    ahead = Compilers()
+    ahead.add([])
+    ahead.finish()
