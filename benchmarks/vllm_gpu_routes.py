@@ -29,10 +29,12 @@ FULL = 4096  # rows from which on the path is exchanged
 LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 VARIANTS: dict[str, dict[str, Way]] = {
     "inner": {},
+    "qkv stream": {"qkv_proj": Way.STREAM},
     "gate_up stream": {"gate_up_proj": Way.STREAM},
-    "o stream": {"o_proj": Way.STREAM},
-    "down stream": {"down_proj": Way.STREAM},
+    "qkv fused": {"qkv_proj": Way.FUSED},
+    "down fused": {"down_proj": Way.FUSED},
     "gate_up fused": {"gate_up_proj": Way.FUSED},
+    "qkv and gate_up fused": {"qkv_proj": Way.FUSED, "gate_up_proj": Way.FUSED},
 }
 """The kinds of linears that take another path; beside them the routes as they were planned."""
 

@@ -75,7 +75,7 @@ def test_a_layer_that_cannot_have_a_copy_has_a_kind_of_its_own_and_the_same_time
 def test_what_is_ours_counts_as_slower_in_a_server_than_alone() -> None:
     alone = machete()
     decodes = 1.05, 1.1, 1.1, 1, 1
-    for layers, streams in ((128, 1), (192, 1), (256, 1.1)):  # of a model whose launches no longer fit the queue
+    for layers, streams in ((128, 1), (192, 1), (256, 1.25)):  # of a model whose launches no longer fit the queue
         expected = measure.in_a_server(alone, layers)
         known = {"own": decodes, "fused": decodes, "stream": (streams,) * 5, "int4": (1,) * 5, "twin:bfloat16": (1,) * 5}
         for choice, factors in known.items():

@@ -37,7 +37,7 @@ def kernels() -> dict[str, int]:
 
 def main() -> None:
     target, traits = TARGETS["sm_90"]
-    driver.set_active(Target({"backend": target.backend, "arch": target.arch, "warp_size": target.warp_size}))  # type: ignore[arg-type]
+    driver.set_active(Target(target.backend, target.arch, target.warp_size))  # type: ignore[arg-type]
     fused.traits_of = lambda device: traits  # type: ignore[assignment]
     weight = gpu.empty(4096, 4096, 128, torch.bfloat16, META, symmetric=True)
 
@@ -57,7 +57,7 @@ def main() -> None:
     found |= {"compiled": len(before), "rewritten": len(set(kernels().items()) - set(before.items()))}
     found["again"] = len(compilers.launched(calls))
 
-    broken = compilers.Job("twinweight.kernels.hopper", "hopper_dot_kernel", "{}")
+    broken = compilers.Job("twinweight.kernels.hopper", "hopper_dot_kernel", "{}", ("cuda", 90, 32))
     ahead._send([broken])
     ahead.finish()
     found["failed"] = len(kernels()) - len(before)

@@ -46,7 +46,7 @@ def test_a_job_that_fails_leaves_nothing_and_stops_nothing(found: dict[str, Any]
 
 
 def test_without_processes_a_start_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(compilers, "launched", lambda calls: [Job("a", "b", "{}")])
+    monkeypatch.setattr(compilers, "launched", lambda calls: [Job("a", "b", "{}", ("cuda", 90, 32))])
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     ahead = Compilers()
     with caplog.at_level(logging.INFO, "twinweight"):

@@ -49,3 +49,20 @@ def test_what_fails_is_said_and_stops_nothing(caplog: pytest.LogCaptureFixture) 
     launch(X)
     assert "no memory for an output" in caplog.text
     assert [what for what, *_ in kernel.seen] == ["launched"]
+
+
+def test_what_triton_does_not_tell_apart_is_compiled_once() -> None:
+    kernel, other = Kernel(), Kernel()
+
+    def launch(on: Kernel, rows: int, option: int = 4) -> Launch:
+        return Launch(on, (rows, 1, 1), (rows, 64), (True,), {"num_warps": option}, X.device)
+
+    calls = [launch(kernel, 3), launch(kernel, 5), launch(kernel, 16), launch(kernel, 32), launch(kernel, 1)]
+    calls += [launch(kernel, 3, option=8), launch(other, 3)]
+    compile_together(
+        [partial(call, X) for call in calls] + [partial(calls[0], X.to(torch.float64)), partial(calls[0], None, X)]
+    )
+    assert [args[-3] for _, _, args, _ in kernel.seen] == [3, 16, 1, 3, 3, 3]
+    assert len(other.seen) == 1
+    compile_together([partial(calls[0], X)])
+    assert len(kernel.seen) == 7

@@ -31,11 +31,14 @@ _PIPE = 1 << 20  # bytes: the jobs are written before the process has imported w
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel, by the module and the name of its function, and what Triton specializes it by (`JITFunction.preload`)."""
+    """A kernel, by the module and the name of its function, and what Triton specializes it by (`JITFunction.preload`). target:
+    backend, architecture and lanes of the GPU, as Triton names them.
+    """
 
     module: str
     name: str
     specialization: str
+    target: tuple[str, int | str, int]
 
 
 class Compilers:
@@ -84,10 +87,14 @@ class Compilers:
 
 def launched(calls: Iterable[Callable[[], object]]) -> list[Job]:
     """The kernels that these calls launch and that this process has not compiled. None is run."""
+    from triton.runtime.driver import driver
+
+    target = driver.active.get_current_target()
     jobs: dict[Job, None] = {}
 
     def see(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        jobs[Job(fn.module, fn.name, compile["specialization_data"])] = None
+        found = target.backend, target.arch, target.warp_size
+        jobs[Job(fn.module, fn.name, compile["specialization_data"], found)] = None
         return True  # leave it uncompiled
 
     with _hooked(see), only_compiling():
@@ -110,10 +117,10 @@ def _hooked(see: Callable[..., bool]) -> Iterator[None]:
 class _Target:
     """In place of Triton's driver: a GPU that kernels are compiled for, and that need not be there."""
 
-    def __init__(self, target: dict[str, Any]) -> None:
+    def __init__(self, backend: str, arch: int | str, lanes: int) -> None:
         from triton.backends.compiler import GPUTarget
 
-        self._target = GPUTarget(**target)
+        self._target = GPUTarget(backend, arch, lanes)
 
     def get_current_device(self) -> int:
         return 0
@@ -126,7 +133,7 @@ def _compile(line: str) -> None:
     from triton.runtime.driver import driver
 
     job = Job(**json.loads(line))
-    driver.set_active(_Target(json.loads(job.specialization)["target"]))
+    driver.set_active(_Target(*job.target))
     getattr(importlib.import_module(job.module), job.name).preload(job.specialization)
 
 

@@ -30,7 +30,7 @@ _COMPILERS = 16  # threads
 
 _plans: dict[Hashable, Plan] = {}
 _counters: dict[tuple[torch.device, int, bool], Tensor] = {}
-_only_compiling = False
+_compiling: set[Hashable] | None = None  # what was compiled, where that is all that is wanted
 
 
 def compile_together(calls: Iterable[Callable[[], object]]) -> None:
@@ -54,12 +54,12 @@ def compile_together(calls: Iterable[Callable[[], object]]) -> None:
 @contextmanager
 def only_compiling() -> Iterator[None]:
     """Here a `Launch` that was not launched before compiles its kernel, and computes nothing. Its tensors may be on "meta"."""
-    global _only_compiling
-    _only_compiling = True
+    global _compiling
+    _compiling = set()
     try:
         yield
     finally:
-        _only_compiling = False
+        _compiling = None
 
 
 @dataclass
@@ -96,8 +96,11 @@ class Launch:
 
     def _first(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Triton's own launch; keeps the compiled kernel where every address is aligned, as it was specialized for that."""
+        if _compiling is not None and (key := self._specialized(tensors)) in _compiling:
+            return
         with on_device(next(t for t in tensors if t is not None)):
-            if _only_compiling:
+            if _compiling is not None:
+                _compiling.add(key)
                 self.kernel.warmup(*tensors, *self.integers, *self.constants, grid=self.grid, **self.options)
                 return
             compiled = self.kernel[self.grid](*tensors, *self.integers, *self.constants, **self.options)
@@ -105,6 +108,12 @@ class Launch:
         if aligned and self.device.type == "cuda" and hasattr(compiled, "packed_metadata"):
             self._tail = (*self.integers, *self.constants)
             self._compiled = compiled
+
+    def _specialized(self, tensors: tuple[Tensor | None, ...]) -> Hashable:
+        """What Triton may compile the kernel for, for aligned tensors. To ask it takes longer, and there are many sizes."""
+        dtypes = tuple(t if t is None else t.dtype for t in tensors)
+        integers = tuple((i == 1, i % 16 == 0) for i in self.integers)
+        return self.kernel, self.device, self.constants, tuple(self.options.items()), dtypes, integers
 
 
 @dataclass(frozen=True)

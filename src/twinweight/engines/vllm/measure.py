@@ -65,7 +65,7 @@ to 1.06 at 32, 1.08 at 64 and 1.05 to 1.08 at 128. They unpack on all multiproce
 to its power limit, where that costs clocks that a short measurement keeps (`h200-vllm-clocks.json`).
 """
 
-_QUEUED, _STREAMED = 192, 1.1
+_QUEUED, _STREAMED = 192, 1.25
 """W4A16 layers beyond which `stream` counts as taking so many times as long in a server.
 
 With 12 launches for a transformer layer of four linears, and one to three more for each that streams, those of a model of 64
@@ -215,7 +215,7 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     wrap = Graphs().replayed if device.type == "cuda" else None
     measured = time_variants(
         calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds,
-        load=_LOAD if device.type != "cpu" else 0.0, most=most,
+        load=_LOAD if device.type != "cpu" else 0.0, beside=INT4, most=most,
     )  # fmt: skip
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
