@@ -160,20 +160,18 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     clock.clear()
     clock |= {"int4": lambda m: 9e-7 * m, "fused": lambda m: 1e-6 * m, "twin:bfloat16": lambda m: 1e-4 + 1.5e-6 * m}
     loaded = {"int4": 1.3, "fused": 1.1}
-    asked: list[tuple[float, str]] = []
+    asked: list[float] = []
 
-    def under_load(
-        calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float, beside: str
-    ) -> dict[str, Timing]:
-        asked.append((seconds, beside))
+    def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
+        asked.append(seconds)
         times = {name: clock[name](int(str(call()).split()[1])) * loaded[name] for name, call in calls.items()}
         return {name: Timing(time, time, time) for name, time in times.items()}
 
     monkeypatch.setattr(search, "under_load", under_load)
     ways = {c: lambda x, c=c: f"{c} {len(x)}" for c in clock}  # type: ignore[misc]
-    given = {"orders": [("int4", "fused")], "load": 0.25, "beside": "fused"}
+    given = {"orders": [("int4", "fused")], "load": 0.25}
     found = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), **given)  # type: ignore[arg-type]
-    assert asked == [(0.25, "fused")]
+    assert asked == [0.25]
     assert found.time_at("int4", 8192) == pytest.approx(1.3 * clock["int4"](8192))
     assert found.time_at("twin:bfloat16", 8192) == pytest.approx(1.3 * clock["twin:bfloat16"](8192))  # nor does it gain by that
     (_, first), (start, second) = found.pieces(["int4", "fused"])
@@ -183,8 +181,6 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     assert more.ms[-1] == 16384
     assert more.time_at("int4", 8192) == clock["int4"](8192)
     assert more.time_at("int4", 16384) == pytest.approx(1.3 * clock["int4"](16384))
-    time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), **given | {"beside": "twin:bfloat16"})  # type: ignore[arg-type]
-    assert asked[-1] == (0.25, "int4")  # the other is not level
     asked.clear()
     rested = time_variants(ways, 64, 64, torch.bfloat16, torch.device("meta"), orders=[("int4", "fused")])
     assert rested.pieces(["int4", "fused"]) == ((0, "int4"),)
@@ -193,26 +189,19 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     assert asked == []  # one path alone may be the best
 
 
-def test_a_load_is_kept_up_and_the_second_half_of_each_block_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In turn and back, each beside one of them: what a leaves of the power is b's."""
-    at = iter(range(1000))
-    least, energy = {"a": 2.4, "b": 2.0}, {"a": 2.0, "b": 3.0}  # seconds, and joules at one watt
-    made: list[str] = []
-    asked: list[str] = []
+def test_a_load_is_kept_up_and_the_second_half_of_each_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first runs on a rested device, and counts only when that is busy."""
+    at, made = iter(range(1000)), []
+    monkeypatch.setattr(timing, "_time_on_host", lambda call, device: call())
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))  # one call a tick of that clock
 
-    def clock(call: Callable[[], object], device: torch.device) -> float:
-        made.clear()
-        call()
-        asked.append("".join(made))
-        rested = len(set(asked[-3:])) > 1 or len(asked) < 3  # the first two of a block
-        return sum(map(least.get, made)) if rested else max(sum(map(least.get, made)), sum(map(energy.get, made)))  # type: ignore[arg-type]
+    def call(name: str, seconds: float) -> float:
+        made.append(name)
+        return seconds * (1.0 if len(made) <= 4 or made[-3:].count(name) < 3 else 2.0)
 
-    monkeypatch.setattr(timing, "_time_on_host", clock)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))  # one pair a tick of that clock
-    calls: dict[str, Callable[[], object]] = {"a": lambda: made.append("a"), "b": lambda: made.append("b")}
-    found = timing.under_load(calls, device=CPU, seconds=12.0, beside="b")
-    assert asked == ["ab"] * 4 + ["bb"] * 8 + ["ab"] * 8 + ["bb"] * 4
-    assert {name: (t.min, t.median, t.max) for name, t in found.items()} == {"a": (2.0, 2.0, 2.0), "b": (3.0, 3.0, 3.0)}
+    found = timing.under_load({"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}, device=CPU, seconds=4.0)
+    assert "".join(made) == "aaaa" + "aaaabbbb"
+    assert {name: (t.min, t.median, t.max) for name, t in found.items()} == {"a": (2.0, 2.0, 2.0), "b": (6.0, 6.0, 6.0)}
 
 
 def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[str, Callable[[int], float]]) -> None:

@@ -64,7 +64,6 @@ def time_variants(
     wraps: Callable[[int], Wrap | None] = lambda m: None,
     seconds: float = math.inf,
     load: float = 0.0,
-    beside: str = "",
     most: int = 0,
 ) -> Measured:
     """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
@@ -74,8 +73,8 @@ def time_variants(
     wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
     disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
     coarsest grid that serves: some kernels are compiled for each size. load: seconds that each path which may be the best at
-    the most rows is timed for there, on a busy GPU (`under_load`): who has so many rows has them again and again. beside: the
-    path that the other products of a step are likely to take. most: as in `grid`.
+    the most rows is timed for there, on a busy GPU (`under_load`): who has so many rows has them again and again. most: as in
+    `grid`.
     """
     found: dict[int, dict[str, Timing]] = {}
     started, whole = math.inf, True
@@ -96,7 +95,7 @@ def time_variants(
         started = min(started, time.perf_counter())
     if load and whole:
         last = max(found)
-        found[last] = _under_load(found[last], variants, torch.randn(last, k, device=device).to(dtype), load, beside)
+        found[last] = _under_load(found[last], variants, torch.randn(last, k, device=device).to(dtype), load)
     surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
     for _ in range(_ROUNDS):
         measured = _joined(found, n)
@@ -110,20 +109,13 @@ def time_variants(
 
 
 def _under_load(
-    found: Mapping[str, Timing],
-    variants: Mapping[str, Callable[[torch.Tensor], object]],
-    x: torch.Tensor,
-    seconds: float,
-    beside: str,
+    found: Mapping[str, Timing], variants: Mapping[str, Callable[[torch.Tensor], object]], x: torch.Tensor, seconds: float
 ) -> dict[str, Timing]:
-    """The times of one size as they are under load. What is not level is taken to become slower as much as the others do, and
-    stands beside none: the fastest does.
-    """
+    """The times of one size as they are under load. What is not level is taken to become slower as much as the others do."""
     level = [c for c, t in found.items() if t.min <= _LEVEL * min(t.min for t in found.values())]
     if len(level) < 2:
         return dict(found)
-    other = beside if beside in level else min(level, key=lambda c: found[c].min)
-    loaded = under_load({c: partial(variants[c], x) for c in level}, device=x.device, seconds=seconds, beside=other)
+    loaded = under_load({c: partial(variants[c], x) for c in level}, device=x.device, seconds=seconds)
     slower = max(loaded[c].min / found[c].min for c in level)
     return {c: loaded[c] if c in loaded else t.times(slower) for c, t in found.items()}
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-_BLOCKS = 3  # that a call runs in under load
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -92,39 +90,32 @@ def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torc
     return lambda x: next(turn)(x)
 
 
-def under_load(
-    calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float, beside: str
-) -> dict[str, Timing]:
-    """The times of calls on a busy device: each is repeated for so long, in three blocks, in turn and back again, without a
-    rest, and each time one of them, `beside`, is made after it. What both take, less what `beside` takes after itself, is a
-    call's time. The second half of a block counts, and the median stands for the least.
+def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
+    """The times of calls on a busy device: each is repeated for so long, one after the other without a rest, behind some calls
+    that do not count. The second half counts, and the median stands for the least.
 
     A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
-    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. One after the other, each
-    once, calls seemed slower the later they came: 51200 x 5120 by cuBLAS at 8192 rows 1.03 to 1.09 times as long as by Machete,
-    where 0.8 s of each had 0.97 and these blocks 0.95 to 0.97 (H200, `h200-load.json`). And what a call leaves of the power the
-    next one uses: by itself that call takes as long as it did.
+    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. The first on a rested GPU
+    seemed up to 1.09 times as fast as it is. In blocks of 0.1 s, in turn, one block used power that another had left, and calls
+    seemed more alike than they are: 51200 x 5120 by `fused` at 16384 rows takes 0.93 times as long as by Machete in a server, and
+    0.92 to 0.94 by itself (H200, `h200-load.json`, `h200-vllm-routes.json`).
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    both = {name: _one_after_the_other(call, calls[beside]) for name, call in calls.items()}
-    for block in range(_BLOCKS):
-        for name in list(calls) if block % 2 == 0 else reversed(list(calls)):
-            found: list[float] = []
-            started = time.perf_counter()
-            while not found or time.perf_counter() - started < seconds / _BLOCKS:
-                found.append(clock(both[name], device))
-            samples[name] += found[len(found) // 2 :]
-    other = statistics.median(samples[beside]) / 2
-    return {name: replace(t := Timing.of([pair - other for pair in s]), min=t.median) for name, s in samples.items()}
 
+    def repeated(call: Callable[[], object], seconds: float) -> list[float]:
+        found: list[float] = []
+        started = time.perf_counter()
+        while not found or time.perf_counter() - started < seconds:
+            found.append(clock(call, device))
+        return found
 
-def _one_after_the_other(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], object]:
-    def run() -> None:
-        first()
-        second()
-
-    return run
+    repeated(next(iter(calls.values())), seconds)
+    timings = {}
+    for name, call in calls.items():
+        found = repeated(call, seconds)
+        timing = Timing.of(found[len(found) // 2 :])
+        timings[name] = replace(timing, min=timing.median)
+    return timings
 
 
 def _time_on_host(call: Callable[[], object], device: torch.device) -> float:

@@ -40,7 +40,7 @@ for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included),
 counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.3
+_LOAD = 0.25
 """Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
@@ -215,7 +215,7 @@ def measure(layers: Sequence[Wrapped], lossy: Sequence[str] = (), seconds: float
     wrap = Graphs().replayed if device.type == "cuda" else None
     measured = time_variants(
         calls, first.k, n, first.dtype, device, orders=orders, wraps=lambda m: wrap, seconds=seconds,
-        load=_LOAD if device.type != "cpu" else 0.0, beside=INT4, most=most,
+        load=_LOAD if device.type != "cpu" else 0.0, most=most,
     )  # fmt: skip
     factors = {name: 1 if name == INT4 and whole else first.n / n for name in calls}
     scaled = {name: tuple(x.times(factors[name]) for x in t) for name, t in measured.times.items()}
