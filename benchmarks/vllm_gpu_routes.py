@@ -1,6 +1,6 @@
 """One server whose routes of full steps are exchanged while it runs: what each path does to steps, and to first tokens.
 
-    python benchmarks/vllm_gpu_routes.py OUT.json [--model qwen3-32b] [--linear-backend machete] [--rounds 4]
+    python benchmarks/vllm_gpu_routes.py OUT.json [--model qwen3-32b] [--linear-backend machete] [--variants planned inner]
 
 Prompts of 8192 tokens, four at once, in steps of 16384; from there on the linears of one kind take another path than vLLM's
 kernel, which the others have. Variants run in turn and back again. Writes {"environment", "records": [{"round", "variant",
@@ -84,10 +84,10 @@ def prefill(llm: Any, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(llm: Any, rounds: int) -> list[dict[str, Any]]:
+def measure(llm: Any, rounds: int, names: list[str]) -> list[dict[str, Any]]:
     """The records."""
     planned: Routes = llm.apply_model(routes)[0]
-    variants = {"planned": planned, **{name: replaced(planned, ways) for name, ways in VARIANTS.items()}}
+    variants = {name: replaced(planned, VARIANTS[name]) if name in VARIANTS else planned for name in names}
     records = []
     prefill(llm, 0)
     for at in range(rounds):
@@ -105,9 +105,10 @@ def main() -> None:
     cli.add_argument("--model", default="qwen3-32b")
     cli.add_argument("--linear-backend", default="machete")
     cli.add_argument("--rounds", type=int, default=4)
+    cli.add_argument("--variants", nargs="+", choices=("planned", *VARIANTS), default=["planned", *VARIANTS])
     a = cli.parse_args()
     with weightless(a.model, a.linear_backend, "soft", disable_log_stats=False) as llm:
-        records = measure(llm, a.rounds)
+        records = measure(llm, a.rounds, a.variants)
     environment = {**bench.environment(compat.version()), "model": a.model, "command": shlex.join(["python", *sys.argv])}
     a.out.write_text(json.dumps({"environment": environment, "records": records}, indent=1) + "\n")
 

@@ -268,6 +268,12 @@ def round_to(x, DTYPE: tl.constexpr, NATIVE: tl.constexpr, FINITE: tl.constexpr)
     return result
 
 
+# Triton's key of a kernel on disk holds the constants of functions that it calls only if those were hashed before it: all here
+# are, or kernels that share one would be compiled again by a process that meets them in another order.
+for _function in [f for f in vars().values() if isinstance(f, triton.JITFunction)]:
+    _function.cache_key  # noqa: B018  (a property that keeps what it finds)
+
+
 def packing(dtype: torch.dtype, scale_dtype: torch.dtype, traits: DeviceTraits) -> int:
     """The kernels' PACKED: 0 through fp32, 1 in arithmetic of `dtype` (which the scales must have), 2 the same with PTX."""
     if dtype != scale_dtype or not (dtype == torch.float16 or traits.rounds_bf16):

@@ -40,7 +40,7 @@ for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included),
 counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.25
+_LOAD = 0.3
 """Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
