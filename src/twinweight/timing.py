@@ -91,29 +91,27 @@ def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torc
 
 
 def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """The times of calls on a busy device: each is repeated for so long, half of it in turn and half back again, without a
-    rest, behind some calls that do not count. The second half of each part counts, and the median stands for the least.
+    """The times of calls on a busy device: each is repeated for so long, one after the other without a rest, behind the first
+    for as long, uncounted. The second half counts, and the median stands for the least.
 
     A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
-    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. Whichever came first seemed
-    1.03 to 1.19 times as slow or 1.09 times as fast as it is. In parts of 0.1 s one used power that another had left, and calls
-    seemed more alike than they are: 51200 x 5120 by `fused` at 16384 rows takes 0.93 times as long as by Machete in a server,
-    0.92 to 0.95 by itself (H200, `h200-load.json`, `h200-vllm-routes.json`).
+    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. What comes first finds a
+    rested one, and seemed to take 0.92 to 1.19 times as long as it does. In parts of 0.1 s, in turn, one used power another
+    had left, and calls seemed more alike than they are: 51200 x 5120 by `fused` at 16384 rows takes 0.93 times as long as by
+    Machete in a server, 0.92 to 0.95 in parts of 0.25 s (H200, `h200-load.json`, `h200-vllm-routes.json`).
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
-    samples: dict[str, list[float]] = {name: [] for name in calls}
 
     def repeated(call: Callable[[], object]) -> list[float]:
         found: list[float] = []
         started = time.perf_counter()
-        while not found or time.perf_counter() - started < seconds / 2:
+        while not found or time.perf_counter() - started < seconds:
             found.append(clock(call, device))
         return found[len(found) // 2 :]
 
     repeated(next(iter(calls.values())))
-    for name in (*calls, *reversed(list(calls))):
-        samples[name] += repeated(calls[name])
-    return {name: replace(t := Timing.of(s), min=t.median) for name, s in samples.items()}
+    timings = {name: Timing.of(repeated(call)) for name, call in calls.items()}
+    return {name: replace(t, min=t.median) for name, t in timings.items()}
 
 
 def _time_on_host(call: Callable[[], object], device: torch.device) -> float:

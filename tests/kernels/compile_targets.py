@@ -38,7 +38,7 @@ TARGETS = {
 N, WIDE = 4096, 28672
 SHAPES = {"g128": (4096, 128), "g32-ragged": (4128, 32), "channel-ragged": (4099, 4099)}
 """K and group size. Ragged: K does not fill the tiles, no stride is a multiple of 16, K is split, columns are permuted."""
-ALIGNED = {"N", "K", "W", "G", "rows", "first_row", "stride_x", "stride_out"}
+ALIGNED = {"N", "K", "W", "rows", "first_row", "stride_x", "stride_out"}
 """Integer arguments that a launch with round shapes specialises as multiples of 16."""
 
 ADDRESSES = r"(?:@!?U?P\w+ )?(?:IADD3|IMAD|LEA|ISETP|SEL|VIADD|VIMNMX)\b"

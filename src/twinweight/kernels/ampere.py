@@ -92,7 +92,7 @@ def _group(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
     return value
 
 
-@gluon.jit(do_not_specialize=["M", "split"])
+@gluon.jit(do_not_specialize=["M", "G", "split"])
 def ampere_dot_kernel(
     x_ptr,
     packed_ptr,

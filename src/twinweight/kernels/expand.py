@@ -27,7 +27,7 @@ from .unpack import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _expand_kernel(
     packed_ptr,
     scales_ptr,

@@ -60,7 +60,7 @@ def _finish(acc, bias_ptr, out_ptr, rows_n, rows_m, stride_out, inside, HAS_BIAS
     tl.store(out_ptrs, round_to(acc, out_ptr.dtype.element_ty, NATIVE, False), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])  # one compilation for all numbers of rows
+@triton.jit(do_not_specialize=["M", "G"])  # one compilation for all numbers of rows, and of groups
 def _dot_kernel(
     x_ptr,
     packed_ptr,

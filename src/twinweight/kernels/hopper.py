@@ -106,7 +106,7 @@ def _sum_parts(parts_ptr, local, sums, PART: gl.constexpr, split):
     return sums
 
 
-@gluon.jit(do_not_specialize=["M", "whole", "split"])
+@gluon.jit(do_not_specialize=["M", "G", "whole", "split"])
 def hopper_dot_kernel(
     x_ptr,
     packed_ptr,

@@ -40,7 +40,7 @@ for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included),
 counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.3
+_LOAD = 0.25
 """Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
@@ -72,7 +72,8 @@ With 12 launches for a transformer layer of four linears, and one to three more 
 layers no longer fit a driver's queue (some 800, by these times): the host waits until much of a step has run, and only then
 hands on the first tokens of the step before. qwen3-32b on an H200, steps of 16384 tokens: with 51200 x 5120 by `stream` (192
 launches more) steps took 0.971 times as long and first tokens came 1.039 times as late, with `fused` both 0.976; 64 launches
-more, for 5120 x 8192 or 5120 x 25600, 1.003 and 1.007, 1.012 and 1.016 (`h200-vllm-routes.json`).
+more, for 5120 x 8192 or 5120 x 25600, 1.003 and 1.007, 1.012 and 1.016, and for 10240 x 5120, which is 1.13 times as fast by
+it, 0.989 and 1.011 (`h200-vllm-routes.json`).
 """
 
 _SPARED = 1.1
