@@ -189,19 +189,18 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
     assert asked == []  # one path alone may be the best
 
 
-def test_a_load_is_kept_up_and_the_second_half_of_each_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind what finds a rested device."""
+def test_a_load_is_kept_up_and_the_second_half_of_each_block_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn and back; a load that grows meanwhile is shared by all."""
     at, made = iter(range(1000)), []
     monkeypatch.setattr(timing, "_time_on_host", lambda call, device: call())
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(at)))  # one call a tick of that clock
 
     def call(name: str, seconds: float) -> float:
         made.append(name)
-        rested = len(made) <= 4 or made[-3:].count(name) < 3  # the first are faster
-        return seconds * (1.0 if rested else 2.0)
+        return seconds * (1.0 if made[-2:].count(name) < 2 else 2.0)  # the first of a block is faster
 
-    found = timing.under_load({"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}, device=CPU, seconds=4.0)
-    assert "".join(made) == "aaaa" + "aaaabbbb"
+    found = timing.under_load({"a": lambda: call("a", 1.0), "b": lambda: call("b", 3.0)}, device=CPU, seconds=12.0)
+    assert "".join(made) == "aaaabbbb" + "bbbbaaaa" + "aaaabbbb"
     assert {name: (t.min, t.median, t.max) for name, t in found.items()} == {"a": (2.0, 2.0, 2.0), "b": (6.0, 6.0, 6.0)}
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+_BLOCKS = 3  # that a call runs in under load
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -91,27 +93,24 @@ def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torc
 
 
 def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """The times of calls on a busy device: each is repeated for so long, one after the other without a rest, behind the first
-    for as long, uncounted. The second half counts, and the median stands for the least.
+    """The times of calls on a busy device: each is repeated for so long, in three blocks, in turn and back again, without a
+    rest. The second half of a block counts, and the median stands for the least.
 
     A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
-    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. What comes first finds a
-    rested one, and seemed to take 0.92 to 1.19 times as long as it does. In parts of 0.1 s, in turn, one used power another
-    had left, and calls seemed more alike than they are: 51200 x 5120 by `fused` at 16384 rows takes 0.93 times as long as by
-    Machete in a server, 0.92 to 0.95 in parts of 0.25 s (H200, `h200-load.json`, `h200-vllm-routes.json`).
+    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. One after the other, each
+    once, calls seemed slower the later they came: 51200 x 5120 by cuBLAS at 8192 rows 1.03 to 1.09 times as long as by Machete,
+    where 0.8 s of each had 0.97 and these blocks 0.95 to 0.97 (H200, `h200-load.json`).
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
-
-    def repeated(call: Callable[[], object]) -> list[float]:
-        found: list[float] = []
-        started = time.perf_counter()
-        while not found or time.perf_counter() - started < seconds:
-            found.append(clock(call, device))
-        return found[len(found) // 2 :]
-
-    repeated(next(iter(calls.values())))
-    timings = {name: Timing.of(repeated(call)) for name, call in calls.items()}
-    return {name: replace(t, min=t.median) for name, t in timings.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for block in range(_BLOCKS):
+        for name in list(calls) if block % 2 == 0 else reversed(list(calls)):
+            found: list[float] = []
+            started = time.perf_counter()
+            while not found or time.perf_counter() - started < seconds / _BLOCKS:
+                found.append(clock(calls[name], device))
+            samples[name] += found[len(found) // 2 :]
+    return {name: replace(t := Timing.of(s), min=t.median) for name, s in samples.items()}
 
 
 def _time_on_host(call: Callable[[], object], device: torch.device) -> float:

@@ -40,7 +40,7 @@ for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included),
 counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.25
+_LOAD = 0.3
 """Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 W = TypeVar("W", bound=Wrapped)
@@ -49,9 +49,11 @@ INT4 = "int4"
 OWN = "own"
 """The inner kernel, and our int4 kernel on a copy of the weight in our layout (`own`)."""
 
-_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * 2)
+_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * 3)
 """In which order paths may take over on a GPU where there is an own copy. Some inner kernels are better with few rows, others
-with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts.
+with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts. Three, as two may
+be at hundreds of rows: 51200 x 5120 by Machete at 98 to 270 and from 405 on could have no `fused` at 16384, where that takes
+0.93 times as long (`h200-vllm-routes.json`).
 """
 
 
