@@ -29,7 +29,7 @@ log = logging.getLogger("twinweight")
 VARIABLE = "TWINWEIGHT_CACHE"
 """A directory, or `off`. Unset: $XDG_CACHE_HOME/twinweight, ~/.cache/twinweight."""
 
-_FORMAT = 6
+_FORMAT = 5
 
 
 def default(environ: Mapping[str, str] | None = None) -> Cache | None:
