@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,11 +14,31 @@ import pytest
 import twinweight
 from tests.test_synth import tiny
 from twinweight import synth
+from twinweight.cli import main
 
 
 def run(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from twinweight.cli import main; main()", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"} | env)
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a command in this process (each of its own imports torch for two seconds): its exit code, and what it said of it."""
+
+    def run_inside(*args: object, **env: str) -> tuple[int, str]:
+        with monkeypatch.context() as changed:
+            changed.setattr(sys, "argv", ["twinweight", *map(str, args)])
+            for name, value in {"COLUMNS": "80", **env}.items():
+                changed.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, printed.err
+
+    return run_inside
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +75,20 @@ def test_bench_prints_the_table_and_writes_json(model: Path, tmp_path: Path) -> 
 
 
 def test_inspect_and_load_check(model: Path, tmp_path: Path) -> None:
-    done = run("inspect", model, "--json", tmp_path / "i.json")
-    assert done.returncode == 0, done.stderr
+    commands = (
+        ("inspect", model, "--json", tmp_path / "i.json"),
+        ("load-check", model, "--device", "cpu", "--twin-dtype", "int8", "--json", tmp_path / "8.json"),
+        ("load-check", model, "--device", "cpu", "--json", tmp_path / "c.json"),
+    )
+    with ThreadPoolExecutor(2) as two:  # each imports torch for two seconds
+        runs = list(two.map(lambda command: run(*command), commands))
+    for done in runs:
+        assert done.returncode == 0, done.stderr
     shapes = json.loads((tmp_path / "i.json").read_text())["shapes"]
     assert sum(s["count"] for s in shapes) == 14
-    done = run("load-check", model, "--device", "cpu", "--twin-dtype", "int8", "--json", tmp_path / "8.json")
-    assert done.returncode == 0, done.stderr
-    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("written: ")) <= 80
+    assert max(len(line) for line in runs[1].stdout.splitlines() if not line.startswith("written: ")) <= 80
     twins = {c["twin"]: c["rounded"] for c in json.loads((tmp_path / "8.json").read_text())["checked"]}
     assert all((0 < share < 0.01) == (kind == "int8") for kind, share in twins.items())
-    done = run("load-check", model, "--device", "cpu", "--json", tmp_path / "c.json")
-    assert done.returncode == 0, done.stderr
     checked = json.loads((tmp_path / "c.json").read_text())
     assert checked["ok"]
     assert all(c["exact"] for c in checked["checked"])
@@ -83,7 +107,7 @@ SHIPPED = Path(__file__).parents[1] / "models" / "stdlib-15m"
 """Large enough that twins pay whatever else runs."""
 
 
-def test_exit_codes(model: Path, tmp_path: Path) -> None:
+def test_exit_codes(model: Path, tmp_path: Path, inside: Callable[..., tuple[int, str]]) -> None:
     cases = [
         (("inspect", tmp_path / "none"), {}, 2, "directory"),
         (("synth", tmp_path / "x", "--like", "qwen3-0.6b", "--group-size", 16), {}, 2, "32, 64, 128"),
@@ -101,12 +125,11 @@ def test_exit_codes(model: Path, tmp_path: Path) -> None:
         (("load-check", model, "--device", "cpu"), {"TWINWEIGHT_MODE": "maybe"}, 2, "maybe"),
         (("bench", model, "--no-such-option"), {}, 2, "no-such-option"),
     ]
-    with ThreadPoolExecutor(2) as two:  # each imports torch for two seconds
-        runs = list(two.map(lambda case: run(*case[0], **case[1]), cases))
-    for (args, _, code, word), done in zip(cases, runs, strict=True):
-        assert done.returncode == code, (args, done.stderr)
-        assert word in done.stderr
-        assert "Traceback" not in done.stderr
+    for args, settings, code, word in cases:
+        ended, said = inside(*args, **settings)
+        assert ended == code, (args, said)
+        assert word in said
+        assert "Traceback" not in said
 
 
 def test_a_full_disk_is_one_message(model: Path) -> None:
@@ -124,14 +147,16 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("damage", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"vocab_size": -5}])
-def test_a_damaged_configuration_is_one_message(model: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+def test_a_damaged_configuration_is_one_message(
+    model: Path, tmp_path: Path, damage: dict[str, object], inside: Callable[..., tuple[int, str]]
+) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(model, bad)
     (bad / "config.json").write_text(json.dumps({**json.loads((bad / "config.json").read_text()), **damage}))
-    done = run("inspect", bad)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert "config.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = inside("inspect", bad)
+    assert code == 3
+    assert "config.json" in said
+    assert "Traceback" not in said
 
 
 def test_a_truncated_file_is_one_message(model: Path, tmp_path: Path) -> None:
