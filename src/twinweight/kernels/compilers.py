@@ -14,6 +14,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -89,12 +90,14 @@ def launched(calls: Iterable[Callable[[], object]]) -> list[Job]:
     """The kernels that these calls launch and that this process has not compiled. None is run."""
     from triton.runtime.driver import driver
 
-    target = driver.active.get_current_target()
+    found = driver.active.get_current_target()
+    target, mine = (found.backend, found.arch, found.warp_size), threading.get_ident()
     jobs: dict[Job, None] = {}
 
     def see(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        found = target.backend, target.arch, target.warp_size
-        jobs[Job(fn.module, fn.name, compile["specialization_data"], found)] = None
+        if threading.get_ident() != mine:
+            return False
+        jobs[Job(fn.module, fn.name, compile["specialization_data"], target)] = None
         return True  # leave it uncompiled
 
     with _hooked(see), only_compiling():

@@ -50,7 +50,7 @@ def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[Non
                 if compat.rank() == 0 and not measure.is_known(cache.default(), kind, device, most):
                     compilers.add(measure.launches(coming, most))
         except Exception as error:
-            log.info("Twinweight: nothing is compiled while %s loads: %s", kernel, error)
+            log.info("Twinweight: nothing is compiled for %d x %d while the model loads: %s", kernel.n, kernel.k, error)
 
     if config.crossover is None and device.type != "cpu":
         TwinLinearKernel.on_made = made

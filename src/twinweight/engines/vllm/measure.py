@@ -52,8 +52,8 @@ OWN = "own"
 _ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * 3)
 """In which order paths may take over on a GPU where there is an own copy. Some inner kernels are better with few rows, others
 with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts. Three, as two may
-be at hundreds of rows: 51200 x 5120 by Machete at 98 to 270 and from 405 on could have no `fused` at 16384, where that takes
-0.93 times as long (`h200-vllm-routes.json`).
+be at hundreds of rows: 51200 x 5120 by Machete at 98 to 270 and from 405 on could have no `fused` at 16384, where steps take
+0.97 times as long by it (`h200-vllm-routes.json`).
 """
 
 
@@ -74,7 +74,7 @@ With 12 launches for a transformer layer of four linears, and one to three more 
 layers no longer fit a driver's queue (some 800, by these times): the host waits until much of a step has run, and only then
 hands on the first tokens of the step before. qwen3-32b on an H200, steps of 16384 tokens: with 51200 x 5120 by `stream` (192
 launches more) steps took 0.971 times as long and first tokens came 1.039 times as late, with `fused` both 0.976; 64 launches
-more, for 5120 x 8192 or 5120 x 25600, 1.003 and 1.007, 1.012 and 1.016, and for 10240 x 5120, which is 1.13 times as fast by
+more, for 5120 x 8192 or 5120 x 25600, 1.003 and 1.007, 1.012 and 1.016, and for 10240 x 5120, which is 1.1 times as fast by
 it, 0.989 and 1.011 (`h200-vllm-routes.json`).
 """
 
