@@ -30,7 +30,7 @@ class Compilers:
         self.added.append({len(call.args[1]) for call in calls})  # type: ignore[attr-defined]
 
     def finish(self) -> None:
-        """Nothing runs."""
+        self.added.clear()
 
 
 def coming(n: int, bits: int = 4) -> Any:
@@ -84,3 +84,12 @@ def test_what_fails_stops_no_load(worker: Any, monkeypatch: pytest.MonkeyPatch, 
     with caplog.at_level(logging.INFO, "vllm.twinweight"):
         assert made(worker, coming(512)) == []
     assert "division" in caplog.text
+
+
+def test_the_wait_is_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
+    compilers: Any = Compilers()
+    compilers.added.append(set())
+    with caplog.at_level(logging.DEBUG, "vllm.twinweight"):
+        ahead.finish(compilers)
+    assert compilers.added == []
+    assert "waited for compilers" in caplog.text

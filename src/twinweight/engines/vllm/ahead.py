@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,3 +59,10 @@ def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[Non
         yield
     finally:
         TwinLinearKernel.on_made = None
+
+
+def finish(compilers: Compilers) -> None:
+    """Wait for what was begun."""
+    began = time.perf_counter()
+    compilers.finish()
+    log.debug("Twinweight: waited for compilers for %.1f s", time.perf_counter() - began)

@@ -126,7 +126,7 @@ class Life:
             for kernel in self.kernels.values():
                 layers.setdefault(kind_of(kernel).timed, []).append(kernel)
             try:
-                self.compilers.finish()
+                ahead.finish(self.compilers)
                 found = measure.known_or_measured(layers, self._lossy, cache.default(), compat.chunk(self.worker))
             except Exception:  # the other ranks wait, and a server can do without
                 log.exception("Twinweight could not time the kernels")
