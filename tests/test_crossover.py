@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path as File
 
 import pytest
@@ -210,6 +213,23 @@ def test_a_kernel_that_takes_seconds_a_size_is_timed_at_few_sizes(clock: dict[st
     assert slow.ms[0] == 1
     assert slow.ms[-1] == GRID["cpu"][-1]
     assert slow.route(["int4", "twin:bfloat16"]).paths == (Path.INT4, Path.TWIN)  # 25 rows, found at the next measured size
+
+
+def test_kernels_of_all_unknown_shapes_are_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[tuple[str, int, int]]] = []
+
+    def compile_together(calls: Iterable[functools.partial[object]]) -> None:
+        asked.append([(call.func.__name__, len(call.args[0]), call.args[1].n) for call in calls])
+
+    monkeypatch.setattr(crossover, "compile_together", compile_together)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    known, one, other = (dataclasses.replace(shape(), n=n, device=torch.device("cuda", 0)) for n in (64, 128, 192))
+    found = Crossovers({known: Measured((1,), {}, 64)}, store=None)
+    found.compile([known, one, other, shape()])
+    found.compile([known, shape()])
+    assert len(asked) == 1
+    assert {(path, n) for path, _, n in asked[0]} == {(path, n) for path in ("int4_linear", "fused_linear") for n in (128, 192)}
+    assert [m for path, m, n in asked[0] if (path, n) == ("fused_linear", 128)] == list(reversed(GRID["gpu"]))
 
 
 def test_the_cache_is_used_and_filled(tmp_path: File, clock: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from twinweight import cache, twin
 from twinweight.graphs import Graphs, Wrap
-from twinweight.kernels import backend_for, int4_path, int8
+from twinweight.kernels import backend_for, gpu, int4_path, int8
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.measured import Measured
@@ -75,6 +75,20 @@ class Crossovers:
             found = self._kept(shape, needed) or self.measure(shape, with_twins=with_twins, lossy=lossy)
         self.measured[shape] = found
         return found
+
+    def compile(self, shapes: Iterable[Shape]) -> None:
+        """Compile what measuring these will launch, where they are not known: one after the other, each would wait for the
+        largest of its kernels. On a CPU there are none.
+        """
+        unknown = (s for s in shapes if s.device.type == "cuda" and s not in self.measured)
+        new = [s for s in unknown if self._kept(s, {"int4", "fused"}) is None]
+        for device, ours in itertools.groupby(new, key=lambda shape: shape.device):
+            with torch.cuda.device(device):
+                compile_together(
+                    call
+                    for s in ours
+                    for call in gpu.launches(s.n, s.k, s.group_size, s.dtype, grid(device), symmetric=s.symmetric)
+                )
 
     def measure(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
         """Measure a shape anew, whatever is known, and keep that."""

@@ -41,6 +41,7 @@ def tune(
     crossovers = Crossovers()
     rows, points = [], []
     started = time.perf_counter()
+    crossovers.compile(counts)
     for i, (shape, count) in enumerate(counts.items(), 1):
         step(f"{shape.n} x {shape.k} ({i} of {len(counts)})")
         crossovers.measure(shape)

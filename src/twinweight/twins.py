@@ -99,6 +99,7 @@ def decide(
     if dense:
         reasons = dict.fromkeys(reason for shape in dense for reason in distinct[shape][1])
         log.warning("%d of %d weights get dense twins, not %s. %s", len(dense), len(shapes), request, "; ".join(reasons))
+    crossovers.compile(distinct)
     costs = {shape: costs_of(shape, crossovers, kinds) for shape, (kinds, _) in distinct.items()}
     result = plan(shapes, budget, costs, workload or Workload.prefill(), mode)
     if result.missed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from pathlib import Path
@@ -353,7 +354,7 @@ def test_kernels_of_all_kinds_are_compiled_before_the_first_is_timed(monkeypatch
     monkeypatch.setattr(compat, "version", lambda: "0.0")
     monkeypatch.setattr(measure, "measure", lambda *args: seen.append("timed"))
     monkeypatch.setattr(measure, "compile_together", lambda calls: seen.extend(f"{call.args[0]}" for call in calls))
-    monkeypatch.setattr(measure, "launches", lambda kernel, most: iter([measure.partial(print, kernel.n)]))
+    monkeypatch.setattr(measure, "launches", lambda kernel, most: iter([functools.partial(print, kernel.n)]))
     kinds = [measure.Kind(n, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner") for n in (N, 2 * N)]
     measure.known_or_measured({kind: [layer("meta")] for kind in kinds}, lambda kernel: [], None)
     assert seen == [str(N), str(N), "timed", "timed"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,19 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
     x = x if w.perm is None else x.index_select(1, w.perm)
     y: Tensor = _triton().fused.fused_linear(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size)
     return y
+
+
+def launches(
+    n: int, k: int, group_size: int, dtype: torch.dtype, rows: Sequence[int], *, symmetric: bool
+) -> Iterator[Callable[[], Tensor]]:
+    """Calls of `int4_linear` and `fused_linear` with so many rows, on tensors without data, for `launch.only_compiling`. The
+    largest come first: their tiles take longest to compile.
+    """
+    meta = torch.device("meta")
+    weight = empty(n, k, group_size, dtype, meta, symmetric=symmetric)
+    for linear in (int4_linear, fused_linear):
+        for m in sorted(rows, reverse=True):
+            yield functools.partial(linear, torch.empty(m, k, dtype=dtype, device=meta), weight, None)
 
 
 def again(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Again | None:

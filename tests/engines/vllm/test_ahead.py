@@ -27,7 +27,7 @@ class Compilers:
         self.added: list[set[int]] = []
 
     def add(self, calls: Iterable[Callable[[], object]]) -> None:
-        self.added.append({len(call.args[1]) for call in calls})  # type: ignore[attr-defined]
+        self.added.append({len(call.args[0]) for call in calls})  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         self.added.clear()

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs
-from twinweight.kernels import backend_for, gpu, int4_path
+from twinweight.kernels import backend_for, gpu
 from twinweight.kernels.launch import compile_together
 from twinweight.kernels.prepared import takes_group
 from twinweight.measured import Costs, Form, Measured
@@ -188,12 +187,9 @@ def _rotated(kernel: Wrapped) -> int:
 
 def launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     """Calls, on tensors without data, that launch all kernels of ours a layer may ever need; `stream` has one for all rows."""
-    if own.can_have(kernel):
-        shape, meta = shape_of(kernel), torch.device("meta")
-        weight = gpu.empty(shape.n, shape.k, shape.group_size, shape.dtype, meta, symmetric=shape.symmetric)
-        for path in (Path.INT4, Path.FUSED):
-            for m in reversed(own.sizes(most)):  # the largest tiles take longest to compile
-                yield partial(int4_path, path, torch.empty(m, shape.k, dtype=shape.dtype, device=meta), weight, None)
+    shape = shape_of(kernel)
+    rows = own.sizes(most) if own.can_have(kernel) else ()
+    return gpu.launches(shape.n, shape.k, shape.group_size, shape.dtype, rows, symmetric=shape.symmetric)
 
 
 @torch.inference_mode()
