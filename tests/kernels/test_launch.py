@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from twinweight.kernels.launch import Launch, compile_together
+from twinweight.kernels.launch import FUSING, Launch, compile_together
 
 pytest.importorskip("triton")
 X = torch.zeros(4)
@@ -34,7 +34,7 @@ def test_a_launch_compiles_with_the_same_arguments_and_computes_nothing() -> Non
     compile_together([partial(launch, X, None)])
     launch(X, None)
     assert [what for what, *_ in kernel.seen] == ["compiled", "launched"]
-    assert kernel.seen[0][1:] == kernel.seen[1][1:] == ((3, 1, 1), (X, None, 4, True), {"num_warps": 4})
+    assert kernel.seen[0][1:] == kernel.seen[1][1:] == ((3, 1, 1), (X, None, 4, True), {"num_warps": 4, **FUSING})
 
 
 def test_what_fails_is_said_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,11 @@ log = logging.getLogger("twinweight")
 COUNTERS = 8192
 """Tiles that a launch with K split over programs may have."""
 
+FUSING = {"enable_fp_fusion": True}
+"""What every kernel is compiled with besides: a product and a sum are one instruction, as they were when kernels were measured
+and compared. Triton's default, which 3.10 changes.
+"""
+
 _GRAPHS = -1  # in place of a stream
 _PLANS_KEPT = 4096  # a server meets a few shapes and as many numbers of rows as its batches have
 _COMPILERS = 16  # threads
@@ -101,9 +106,9 @@ class Launch:
         with on_device(next(t for t in tensors if t is not None)):
             if _compiling is not None:
                 _compiling.add(key)
-                self.kernel.warmup(*tensors, *self.integers, *self.constants, grid=self.grid, **self.options)
+                self.kernel.warmup(*tensors, *self.integers, *self.constants, grid=self.grid, **self.options, **FUSING)
                 return
-            compiled = self.kernel[self.grid](*tensors, *self.integers, *self.constants, **self.options)
+            compiled = self.kernel[self.grid](*tensors, *self.integers, *self.constants, **self.options, **FUSING)
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
         if aligned and self.device.type == "cuda" and hasattr(compiled, "packed_metadata"):
             self._tail = (*self.integers, *self.constants)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import on_device, traits_of
+from .launch import FUSING
 from .unpack import round_to
 
 _VALUES = 2048
@@ -78,6 +79,7 @@ def recover_groups(values: Tensor, steps: Tensor, scales: Tensor, likely: Sequen
     constants = (group, columns, rows, most, traits_of(values.device).rounds_bf16)
     with on_device(values):
         _read_back_kernel[(triton.cdiv(groups, rows),)](
-            values, table, steps, scales, found, groups, len(likely), *constants, num_warps=max(4, min(16, columns // 1024))
+            values, table, steps, scales, found, groups, len(likely), *constants, num_warps=max(4, min(16, columns // 1024)),
+            **FUSING,
         )  # fmt: skip
     return found
