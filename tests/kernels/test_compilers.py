@@ -83,6 +83,18 @@ def test_what_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, 
     assert "timed out" in caplog.text
 
 
+def test_an_input_that_others_hold_open_keeps_nobody_waiting() -> None:
+    ahead = Compilers()
+    ahead._send([Job("twinweight.kernels.nowhere", "b", "{}", ("cuda", 90, 32))])
+    process = ahead._process
+    assert process is not None
+    assert process.stdin is not None
+    held = os.dup(process.stdin.fileno())
+    ahead.finish()
+    os.close(held)
+    assert process.returncode == 0
+
+
 def test_nothing_to_compile_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilers, "launched", lambda calls: [])
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("a process was started"))

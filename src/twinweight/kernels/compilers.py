@@ -1,7 +1,7 @@
 """Kernels compiled ahead of their use by other processes, into Triton's cache on disk, where this one finds them.
 
 Threads do not do it: a tenth of a compilation is Python, which they share (`docs/performance.md`). Run as a module this is the
-process that compiles: it reads a `Job` of JSON a line, and ends with its input. It needs no GPU.
+process that compiles: it reads a `Job` of JSON a line, and ends with an empty one or its input. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ log = logging.getLogger("twinweight")
 
 _PROCESSES = 16
 _PATIENCE = 120.0  # seconds
+_END = "\n"
 _PIPE = 1 << 20  # bytes: the jobs are written before the process has imported what it needs to read them
 
 
@@ -64,7 +66,8 @@ class Compilers:
         if process is None:
             return
         try:
-            process.communicate(timeout=_PATIENCE)
+            # A line, as its input may stay open in a process that was forked meanwhile.
+            process.communicate(_END, timeout=_PATIENCE)
         except (OSError, subprocess.TimeoutExpired) as error:
             log.info("kernels are not compiled ahead: %s", error)
             process.kill()
@@ -148,7 +151,7 @@ def _serve(lines: Iterable[str]) -> None:
             importlib.import_module(f"twinweight.kernels.{name}")
     processes = min(_PROCESSES, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        for line in lines:
+        for line in itertools.takewhile(lambda line: line != _END, lines):
             pool.submit(_compile, line)
 
 
