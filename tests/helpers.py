@@ -1,7 +1,12 @@
-"""What tests share: one tolerance, one source of random weights, one model with latent attention."""
+"""What tests share: a tolerance, random weights, a model with latent attention, kernels that other processes compile."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,3 +62,14 @@ def random_weight(
     zeros = None if symmetric else torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8)
     g_idx = (torch.randperm(k, generator=generator) // group_size).to(torch.int32) if act_order else None
     return from_values(values, scales, zeros, g_idx, group_size=group_size)
+
+
+def compiled_ahead(cache: Path) -> dict[str, Any]:
+    """What `kernels/compile_ahead.py` says, with an empty directory for Triton: in this process that may be the interpreter."""
+    root = Path(__file__).parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, str(root / "tests/kernels/compile_ahead.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import compiled_ahead
 from twinweight.kernels import compilers
 from twinweight.kernels.compilers import Compilers, Job
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).parent / "compile_ahead.py"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the script says; in this process Triton may be the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return compiled_ahead(tmp_path_factory.mktemp("triton"))
 
 
 def test_this_process_finds_what_others_compiled(found: dict[str, Any]) -> None:

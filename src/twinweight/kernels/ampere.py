@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from .tiles import MOST_PARTS
 from .unpack import biased_zero_pair, group_at, integer_tile, tile_at
 
-_load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # its name to Triton 3.7
+load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # its name to Triton 3.7
 _PARTS = gl.constexpr(MOST_PARTS)
 
 
@@ -67,7 +67,7 @@ def _columns_in_halves(x):
 def _copy_x(smem, x_ptr, offs, inside, FIRST: gl.constexpr, DEPTH: gl.constexpr):
     """Begin to copy the x of DEPTH steps into buffers from FIRST on; rows that are not inside become zeros."""
     for i in gl.static_range(DEPTH):
-        _load_async(smem[FIRST + i], x_ptr + i * smem[0].shape[1] + offs, mask=inside)
+        load_async(smem[FIRST + i], x_ptr + i * smem[0].shape[1] + offs, mask=inside)
     async_copy.commit_group()
 
 

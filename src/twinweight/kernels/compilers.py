@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any
 
+from twinweight.kernels.device import has_gluon
 from twinweight.kernels.launch import only_compiling
 
 log = logging.getLogger("twinweight")
@@ -146,9 +147,7 @@ def _compile(line: str) -> None:
 def _serve(lines: Iterable[str]) -> None:
     """Compile each job as it comes, several at a time, until there are no more."""
     importlib.import_module("twinweight.kernels.fused")  # once, before the processes part
-    for name in ("ampere", "hopper"):
-        with contextlib.suppress(ImportError, AttributeError):
-            importlib.import_module(f"twinweight.kernels.{name}")
+    has_gluon()
     processes = min(_PROCESSES, len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         for line in itertools.takewhile(lambda line: line != _END, lines):

@@ -32,12 +32,12 @@ def traits_of(device: torch.device) -> DeviceTraits:
         rounds_bf16=True,
         ptx=True,
         wgmma=p.major == 9,
-        gluon=p.major >= 8 and _gluon(),
+        gluon=p.major >= 8 and has_gluon(),
     )
 
 
-def _gluon() -> bool:
-    """Whether this Triton has what Gluon's kernels are written in. It is young, and its names may change."""
+def has_gluon() -> bool:
+    """Whether this Triton has what Gluon's kernels, imported here, are written in. It is young, and its names may change."""
     try:
         from . import ampere, hopper  # noqa: F401
     except (ImportError, AttributeError):

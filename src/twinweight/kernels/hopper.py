@@ -20,10 +20,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from .ampere import load_async
 from .tiles import MOST_PARTS
 from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_pairs, word_offset
 
-_load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # its name to Triton 3.7
 _STAGES = gl.constexpr(4)
 """Buffers. A copy of x goes into the one of two steps before, whose products have ended, _STAGES - 2 steps ahead; one of words
 into that of the step before, which has been read, _STAGES - 1 ahead.
@@ -47,7 +47,7 @@ def words_layout(rows, warps):
 @gluon.jit
 def _copy(smem, ptrs, there):
     """Begin to copy a tile into a buffer; zeros where it is not there."""
-    _load_async(smem, ptrs, mask=there)
+    load_async(smem, ptrs, mask=there)
 
 
 @gluon.jit

@@ -13,8 +13,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-import torch
-
+from tests.engines.test_vllm_measure import layer
 from twinweight.engines.vllm import ahead, compat, measure
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel
@@ -34,10 +33,9 @@ class Compilers:
 
 
 def coming(n: int, bits: int = 4) -> Any:
-    config = SimpleNamespace(
-        weight_type=SimpleNamespace(size_bits=bits), zero_points=False, has_g_idx=False, group_size=128, act_type=torch.bfloat16
-    )
-    return SimpleNamespace(n=n, k=512, config=config, dtype=torch.bfloat16, inner=object())
+    kernel = layer("meta")
+    kernel.n, kernel.config.weight_type.size_bits = n, bits
+    return kernel
 
 
 @pytest.fixture

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +10,11 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-ROOT = Path(__file__).parents[3]
+from tests.helpers import compiled_ahead
 
 
 def test_kernels_of_an_h200_compile(tmp_path: Path) -> None:
     """In other processes too, which this one then does without."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, str(ROOT / "tests/kernels/compile_ahead.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_ahead(tmp_path)
     assert found["compiled"] == found["jobs"] >= 3
     assert found["rewritten"] == found["again"] == found["failed"] == 0
