@@ -85,26 +85,31 @@ class Measured:
         logs = [[math.log(_least(t)) for t in self.times[c]] for c in choices]
         sums = [[math.fsum(row[:e]) for e in (*sizes, len(self.ms))] for row in logs]
 
-        def beats(new: int, old: int, at: int) -> bool:
-            a, b = self.times[choices[new]][at].min, self.times[choices[old]][at].min
-            return a * (1 + max(MARGIN, spread[new] + spread[old])) < b
+        def ahead(new: int, old: int) -> list[bool]:
+            least = 1 + max(MARGIN, spread[new] + spread[old])
+            return [a.min * least < b.min for a, b in zip(self.times[choices[new]], self.times[choices[old]], strict=True)]
 
-        # best[c, e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
+        # best[c][e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
         # On a tie the later takeover: int4 costs no memory.
-        Found = tuple[float, tuple[int, ...], tuple[int, ...]]
-        best: dict[tuple[int, int], Found] = {(0, 0): (0.0, (0,), (0,))}
+        best: list[dict[int, tuple[float, tuple[int, ...], tuple[int, ...]]]] = [{0: (0.0, (0,), (0,))}]
         for c in range(1, len(choices)):
-            if beats(c, 0, 0):
-                best[c, 0] = (0.0, (0,), (c,))
+            beats = [ahead(c, o) for o in range(c)]
+            best.append({0: (0.0, (0,), (c,))} if beats[0][0] else {})
             for e in sizes[1:]:
                 found = [
                     (round(cost + sums[o][e] - sums[o][s], 9), (*starts, -e), (*used, c))
-                    for (o, s), (cost, starts, used) in best.items()
-                    if o < c and s < e and beats(c, o, e)
+                    for o in range(c)
+                    if beats[o][e]
+                    for s, (cost, starts, used) in best[o].items()
+                    if s < e
                 ]
                 if found:
-                    best[c, e] = min(found)
-        ends = [(round(cost + sums[c][-1] - sums[c][e], 9), starts, used) for (c, e), (cost, starts, used) in best.items()]
+                    best[c][e] = min(found)
+        ends = [
+            (round(cost + sums[c][-1] - sums[c][e], 9), starts, used)
+            for c, of_choice in enumerate(best)
+            for e, (cost, starts, used) in of_choice.items()
+        ]
         _, starts, used = min(ends)
         rows = (0, *(self.ms[-e] for e in starts[1:]))
         return tuple(zip(rows, (choices[c] for c in used), strict=True))

@@ -139,7 +139,7 @@ def _mode(
     mode: Mode, budget: Budget, rank: Rank, offers: Mapping[Kind, estimate.Offered], workload: Workload
 ) -> tuple[dict[str, Any], Plan, str]:
     """One mode's result, its plan (all twins where they do not fit in `hard`), and what to say where something does not fit."""
-    from twinweight.engines.vllm.measure import OWN
+    from twinweight.engines.vllm.offers import OWN
 
     options = {kind: max(offers[kind].options(workload), key=lambda o: o.saved_us) for kind in set(rank.weights.values())}
     paying = {name: options[kind] for name, kind in rank.weights.items() if options[kind].saved_us > 0}

@@ -1,13 +1,14 @@
-"""`time_variants`: times of the ways to compute one product, by rows: over a grid, then where one takes over from another."""
+"""`Search`: times of the ways to compute one product, by rows: over a grid, then where one takes over from another."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -43,6 +44,9 @@ _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 192, 512 and 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
 
+_Route = tuple[Sequence[str], Sequence[tuple[int, str]]]
+"""The choices of a route, and its pieces by the times so far."""
+
 
 def grid(device: torch.device, most: int = 0) -> tuple[int, ...]:
     """The rows that are timed for every shape on a device, ascending; on a GPU also `FULL` where calls have about so many, or
@@ -59,65 +63,98 @@ def time_variants(
     n: int,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    orders: Sequence[Sequence[str]] = (),
-    wraps: Callable[[int], Wrap | None] = lambda m: None,
-    seconds: float = math.inf,
-    load: float = 0.0,
-    most: int = 0,
+    **options: Any,
 ) -> Measured:
-    """Time ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
-    between the two sizes around each takeover, until they are close.
+    """Time ways to compute one product [M, k] -> [M, n], as `Search` does, whose options these are."""
+    search = Search(variants, k, n, dtype, device, **options)
+    search.over_grid()
+    return search.around_takeovers()
+
+
+@dataclass(eq=False)
+class Search:
+    """Times ways to compute one product [M, k] -> [M, n], by the names of `Measured.times`: over the device's grid of M, then
+    between the two sizes around each takeover, until they are close. What comes between the two is `load_together`.
 
     orders: the routes that may be used, as `Measured.route` takes them; none: all that need no twin, and those with one twin.
     wraps: by rows, what turns the calls of one sample into what is timed, such as the replay of a graph, which a host does not
     disturb; None times the calls as they are. seconds: so long after the first size no further one is begun, beyond the
-    coarsest grid that serves: some kernels are compiled for each size. load: seconds that each path which may be the best at
-    the most rows is timed for there, on a busy GPU (`under_load`): who has so many rows has them again and again. most: as in
-    `grid`.
+    coarsest grid that serves: some kernels are compiled for each size. most: as in `grid`.
     """
-    found: dict[int, dict[str, Timing]] = {}
-    started, whole = math.inf, True
 
-    def time_size(m: int, left_out: Collection[str]) -> None:
-        near = {c: call for c, call in variants.items() if c not in left_out}
-        others = {c: _between(found, n, c, m) for c in left_out}
-        found[m] = {**time_rows(near, m, k, dtype, device, wrap=wraps(m)), **others}
+    variants: Mapping[str, Callable[[torch.Tensor], object]]
+    k: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    orders: Sequence[Sequence[str]] = ()
+    wraps: Callable[[int], Wrap | None] = lambda m: None
+    seconds: float = math.inf
+    most: int = 0
+    found: dict[int, dict[str, Timing]] = field(default_factory=dict)
+    whole: bool = True
+    _spent: float = 0.0
 
-    def in_time() -> bool:
-        return time.perf_counter() - started <= seconds
+    def over_grid(self) -> None:
+        """Time the grid's sizes, the ends first."""
+        started = None
+        for m in _coarse_first(grid(self.device, self.most)):
+            if started is not None and len(self.found) >= _LEAST_SIZES and time.perf_counter() - started > self.seconds:
+                self.whole = False
+                break
+            behind = _behind(self.found, m) if self.device.type != "cpu" and len(self.found) >= _LEAST_SIZES else set()
+            self._time(m, behind)
+            started = started or time.perf_counter()
+        self._spent = time.perf_counter() - (started or time.perf_counter())
 
-    for m in _coarse_first(grid(device, most)):
-        if len(found) >= _LEAST_SIZES and not in_time():
-            whole = False
-            break
-        time_size(m, _behind(found, m) if device.type != "cpu" and len(found) >= _LEAST_SIZES else ())
-        started = min(started, time.perf_counter())
-    if load and whole:
-        last = max(found)
-        found[last] = _under_load(found[last], variants, torch.randn(last, k, device=device).to(dtype), load)
-    surpassed = _surpassed(_joined(found, n), partial(twin.nbytes, n=n, k=k, device=device))
-    for _ in range(_ROUNDS):
-        measured = _joined(found, n)
-        routes = orders or _usual(measured, surpassed)
-        looked_into = _contested(measured, routes) if device.type != "cpu" else set()
-        for m in sorted(_around_takeovers(measured, routes) | looked_into):
-            if not in_time():
-                return replace(_joined(found, n), whole=False)
-            time_size(m, _behind(found, m) | surpassed)
-    return replace(_joined(found, n), whole=whole)
+    def around_takeovers(self) -> Measured:
+        """Time the sizes around takeovers, and return all times."""
+        started = time.perf_counter() - self._spent
+        surpassed = _surpassed(_joined(self.found, self.n), partial(twin.nbytes, n=self.n, k=self.k, device=self.device))
+        for _ in range(_ROUNDS):
+            measured = _joined(self.found, self.n)
+            orders = self.orders or _usual(measured, surpassed)
+            routes = [(choices, measured.pieces(choices)) for choices in orders]
+            looked_into = _contested(measured, routes) if self.device.type != "cpu" else set()
+            for m in sorted(_around_takeovers(measured, routes) | looked_into):
+                if time.perf_counter() - started > self.seconds:
+                    return replace(_joined(self.found, self.n), whole=False)
+                self._time(m, _behind(self.found, m) | surpassed)
+        return replace(_joined(self.found, self.n), whole=self.whole)
+
+    @property
+    def level(self) -> dict[str, Callable[[torch.Tensor], object]]:
+        """What may be the best at the most rows, the best so far first."""
+        times = self.found[max(self.found)]
+        ordered = sorted(times, key=lambda c: times[c].min)
+        return {c: self.variants[c] for c in ordered if times[c].min <= _LEVEL * times[ordered[0]].min}
+
+    def loaded(self, times: Mapping[str, Timing]) -> None:
+        """Take these for the times at the most rows. What is not among them is taken to become slower as much as they are."""
+        at = self.found[max(self.found)]
+        slower = max(t.min / at[c].min for c, t in times.items())
+        self.found[max(self.found)] = {c: times[c] if c in times else t.times(slower) for c, t in at.items()}
+
+    def _time(self, m: int, left_out: Collection[str]) -> None:
+        near = {c: call for c, call in self.variants.items() if c not in left_out}
+        others = {c: _between(self.found, self.n, c, m) for c in left_out}
+        self.found[m] = {**time_rows(near, m, self.k, self.dtype, self.device, wrap=self.wraps(m)), **others}
 
 
-def _under_load(
-    found: Mapping[str, Timing], variants: Mapping[str, Callable[[torch.Tensor], object]], x: torch.Tensor, seconds: float
-) -> dict[str, Timing]:
-    """The times of one size as they are under load. What is not level is taken to become slower as much as the others do."""
-    level = [c for c, t in found.items() if t.min <= _LEVEL * min(t.min for t in found.values())]
-    if len(level) < 2:
-        return dict(found)
-    loaded = under_load({c: partial(variants[c], x) for c in level}, device=x.device, seconds=seconds)
-    slower = max(loaded[c].min / found[c].min for c in level)
-    return {c: loaded[c] if c in loaded else t.times(slower) for c, t in found.items()}
+def load_together(searches: Iterable[Search], seconds: float) -> None:
+    """Time what may be the best at the most rows on a busy GPU, for the weights of one model: who has so many rows has them
+    again and again. seconds: for each path, by which all weights are multiplied in turn, as in a model (`under_load`), but
+    those that it cannot be the best for, which take their best one meanwhile.
+    """
+    busy = [(s, s.level, torch.randn(max(s.found), s.k, device=s.device).to(s.dtype)) for s in searches if s.whole]
+    busy = [(s, level, x) for s, level, x in busy if len(level) > 1]
+    if not busy:
+        return
+    paths = dict.fromkeys(path for _, level, _ in busy for path in level)
+    rounds = {path: [partial(level.get(path, next(iter(level.values()))), x) for _, level, x in busy] for path in paths}
+    times = under_load(rounds, device=busy[0][0].device, seconds=seconds)
+    for at, (search, level, _) in enumerate(busy):
+        search.loaded({path: times[path][at] for path in level})
 
 
 def _around(found: Mapping[int, dict[str, Timing]], m: int) -> list[dict[str, Timing]]:
@@ -200,11 +237,11 @@ def _usual(measured: Measured, surpassed: Collection[str]) -> list[tuple[str, ..
     return [measured.plain, *map(measured.with_twin, twins)]
 
 
-def _around_takeovers(measured: Measured, orders: Sequence[Sequence[str]]) -> set[int]:
+def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> set[int]:
     """Sizes to time in the gaps in which one path takes over from another, on any of these routes."""
     ms: set[int] = set()
-    for choices in orders:
-        for start, _ in measured.pieces(choices)[1:]:
+    for _, pieces in routes:
+        for start, _ in pieces[1:]:
             before = measured.ms[measured.ms.index(start) - 1]
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1
@@ -216,15 +253,14 @@ def _around_takeovers(measured: Measured, orders: Sequence[Sequence[str]]) -> se
     return ms - set(measured.ms)
 
 
-def _contested(measured: Measured, orders: Sequence[Sequence[str]]) -> set[int]:
+def _contested(measured: Measured, routes: Sequence[_Route]) -> set[int]:
     """Sizes to time in the gaps in which nothing takes over, but another path is level at both ends: it may be ahead between.
 
     A twin of 4096 x 4096 on an H200 takes 12.3 us at 91 and 108 rows, 15.4 at 112, 14.0 at 128, 15.6 at 152 and 19.3 at 160,
     where `fused` takes 12.7, 14.4, 14.5, 14.5, 17.2 and 17.3.
     """
     ms: set[int] = set()
-    for choices in orders:
-        pieces = measured.pieces(choices)
+    for choices, pieces in routes:
         serving = [next(c for start, c in reversed(pieces) if start <= m) for m in measured.ms]
         level = [
             {c for c in choices if measured.times[c][at].min <= _LEVEL * measured.times[served][at].min}

@@ -92,9 +92,11 @@ def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torc
     return lambda x: next(turn)(x)
 
 
-def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[str, Timing]:
-    """The times of calls on a busy device: each is repeated for so long, in three blocks, in turn and back again, without a
-    rest. The second half of a block counts, and the median stands for the least.
+def under_load(
+    rounds: Mapping[str, Sequence[Callable[[], object]]], *, device: torch.device, seconds: float
+) -> dict[str, list[Timing]]:
+    """The times of calls on a busy device: each round of them is repeated for so long, in three blocks, in turn and back again,
+    without a rest. The second half of a block counts, and the median stands for the least.
 
     A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
     energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. One after the other, each
@@ -102,15 +104,20 @@ def under_load(calls: Mapping[str, Callable[[], object]], *, device: torch.devic
     where 0.8 s of each had 0.97 and these blocks 0.95 to 0.97 (H200, `h200-load.json`).
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[list[float]]] = {name: [] for name in rounds}
     for block in range(_BLOCKS):
-        for name in list(calls) if block % 2 == 0 else reversed(list(calls)):
-            found: list[float] = []
+        for name in list(rounds) if block % 2 == 0 else reversed(list(rounds)):
+            found: list[list[float]] = []
             started = time.perf_counter()
             while not found or time.perf_counter() - started < seconds / _BLOCKS:
-                found.append(clock(calls[name], device))
+                found.append([clock(call, device) for call in rounds[name]])
             samples[name] += found[len(found) // 2 :]
-    return {name: replace(t := Timing.of(s), min=t.median) for name, s in samples.items()}
+    return {name: [_settled(list(of_call)) for of_call in zip(*found, strict=True)] for name, found in samples.items()}
+
+
+def _settled(samples: list[float]) -> Timing:
+    t = Timing.of(samples)
+    return replace(t, min=t.median, doubt=t.spread)
 
 
 def _time_on_host(call: Callable[[], object], device: torch.device) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +88,21 @@ def test_an_input_that_others_hold_open_keeps_nobody_waiting() -> None:
     ahead.finish()
     os.close(held)
     assert process.returncode == 0
+
+
+def test_what_launches_a_kernel_is_built_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its C code is compiled against the driver of a GPU, so the driver is another one here."""
+    from triton import backends
+    from triton.runtime.driver import driver as triton_driver
+
+    monkeypatch.setattr(triton_driver, "set_active", lambda driver: None)
+    built: list[tuple[object, object]] = []
+    driver = SimpleNamespace(launcher_cls=lambda src, metadata: built.append((src, metadata)))
+    monkeypatch.setattr(backends, "backends", {"cuda": SimpleNamespace(driver=lambda: driver)})
+    kernel = SimpleNamespace(src="source", metadata="metadata")
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(one=SimpleNamespace(preload=lambda data: kernel)))  # type: ignore[arg-type]
+    compilers._compile(json.dumps(dataclasses.asdict(Job("kernels", "one", "{}", ("cuda", 90, 32)))))
+    assert built == [("source", "metadata")]
 
 
 def test_nothing_to_compile_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

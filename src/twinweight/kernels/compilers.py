@@ -27,7 +27,7 @@ from twinweight.kernels.launch import only_compiling
 
 log = logging.getLogger("twinweight")
 
-_PROCESSES = 16
+_PROCESSES = 32
 _PATIENCE = 120.0  # seconds
 _END = "\n"
 _PIPE = 1 << 20  # bytes: the jobs are written before the process has imported what it needs to read them
@@ -141,7 +141,16 @@ def _compile(line: str) -> None:
 
     job = Job(**json.loads(line))
     driver.set_active(_Target(*job.target))
-    getattr(importlib.import_module(job.module), job.name).preload(job.specialization)
+    _build_launcher(getattr(importlib.import_module(job.module), job.name).preload(job.specialization), job.target[0])
+
+
+def _build_launcher(kernel: Any, backend: str) -> None:
+    """The C code by which Triton launches a kernel, a quarter of a second of a compiler for each signature. It is built against
+    the GPU's driver library, which has to be there.
+    """
+    from triton.backends import backends
+
+    backends[backend].driver().launcher_cls(kernel.src, kernel.metadata)
 
 
 def _serve(lines: Iterable[str]) -> None:

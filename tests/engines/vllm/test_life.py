@@ -22,10 +22,10 @@ if importlib.util.find_spec("vllm") is None:
 import torch
 
 from tests.engines.vllm.jobs import times_logged
-from twinweight.engines.vllm import build, compat, measure, own, ranks, spare, telling
+from twinweight.engines.vllm import build, compat, offers, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
+from twinweight.engines.vllm.kinds import Kind
 from twinweight.engines.vllm.life import Built, Life
-from twinweight.engines.vllm.measure import Kind
 from twinweight.errors import BudgetError
 from twinweight.paths import Path, Route
 from twinweight.plan import Budget, Mode, Plan, TwinOption
@@ -228,8 +228,8 @@ def two(monkeypatch: pytest.MonkeyPatch) -> tuple[Group, list[Life]]:
 
 
 def allocated(kernel: Any, form: str) -> bool:
-    kernel.twin = measure.twin_of(form)
-    if measure.has_copy(form):
+    kernel.twin = offers.twin_of(form)
+    if offers.has_copy(form):
         own.allocate(kernel)
     return True
 
@@ -439,8 +439,8 @@ def test_what_is_freed_makes_room_for_more(
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(module.heads, "of", lambda worker: [])
-    monkeypatch.setattr(module.measure, "offer", lambda *args: "with inner")
-    monkeypatch.setattr(module.measure, "without_inner", lambda offer, workload: "without")
+    monkeypatch.setattr(module, "offer", lambda *args: "with inner")
+    monkeypatch.setattr(module, "without_inner", lambda offer, workload: "without")
     monkeypatch.setattr(compat, "forward_context", lambda worker: nullcontext())
     monkeypatch.setattr(compat, "draft_rows", lambda worker: 1)
     monkeypatch.setattr(compat, "chunk", lambda worker: 2048)
@@ -489,7 +489,7 @@ def test_without_a_copy_8_bit_twins_come_from_the_dense_weight(
     found, kernel = life(), SimpleNamespace(inner=object())
     found.config = Config("soft", dtype=request_)
     kinds = {"fp8": ["fp8-row", "fp8-exact"]}.get(request_, [request_])
-    monkeypatch.setattr(module.measure, "shape_of", lambda kernel: None)
+    monkeypatch.setattr(module, "shape_of", lambda kernel: None)
     monkeypatch.setattr(module, "lossy_kinds", lambda shape, request: (list(kinds), []))
     for copy, expected in ((True, kinds), (False, left)):
         monkeypatch.setattr(own, "can_have", lambda kernel, copy=copy: copy)

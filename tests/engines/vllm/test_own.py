@@ -39,7 +39,7 @@ def on() -> Job:
     from vllm.scalar_type import scalar_types
 
     from twinweight.engines.vllm import compat
-    from twinweight.engines.vllm.measure import Kind
+    from twinweight.engines.vllm.kinds import Kind
 
     config = json.loads((BUILD.parent / MODEL / "config.json").read_text())
     hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]

@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+import torch
 
 if importlib.util.find_spec("vllm") is None:  # importing it here would cost each session its ten seconds
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
@@ -36,6 +37,17 @@ def test_off_after_on_is_off_again() -> None:
 
 def test_a_small_output_head_is_found_and_stays_vllms() -> None:
     assert result(ON_RUN)["reports"][0][0]["heads"] == [False]
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM quantizes activations of W4A16 where there is AMX")
+def test_what_quantizes_activations_is_left_alone() -> None:
+    environ = (("VLLM_CPU_INT4_W4A8", "1"),)
+    off, on = Job(short(), environ=environ), Job(short(), ON, environ=environ)
+    assert_same_tokens(off, on)
+    report = result(on)["reports"][-1][0]
+    assert report["twins"] == {}
+    assert "leaves" in result(on)["log"]
+    assert "activations are quantized" in result(on)["log"]
 
 
 def test_decode_runs_the_inner_kernel() -> None:

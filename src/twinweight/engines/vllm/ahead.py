@@ -15,6 +15,7 @@ from twinweight import cache
 from twinweight.engines.vllm import compat, measure
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel
+from twinweight.engines.vllm.kinds import Kind, kind_of
 from twinweight.kernels.compilers import Compilers
 
 log = logging.getLogger("vllm.twinweight")
@@ -40,12 +41,12 @@ def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[Non
     Whatever goes wrong only costs time.
     """
     device = compat.device_of(worker)
-    seen: set[measure.Kind] = set()
+    seen: set[Kind] = set()
 
     def made(kernel: TwinLinearKernel) -> None:
         coming: Any = Coming(kernel.n, kernel.k, kernel.dtype, kernel.config, kernel.inner)
         try:
-            kind, most = measure.kind_of(coming), compat.chunk(worker)
+            kind, most = kind_of(coming), compat.chunk(worker)
             if kind not in seen:
                 seen.add(kind)
                 if compat.rank() == 0 and not measure.is_known(cache.default(), kind, device, most):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twinweight import twin as twins
-from twinweight.engines.vllm import identity, measure, own
+from twinweight.engines.vllm import identity, offers, own
 from twinweight.engines.vllm.layout import CpuLayout
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.kernels.prepared import KernelWeight
@@ -28,7 +28,7 @@ def transient_bytes(n: int, k: int, *, lossy: bool = False) -> int:
 
 def allocate(kernel: Wrapped, form: str) -> bool:
     """What a form has, uninitialised: a twin, the bias, an own copy. Charge `transient_bytes` besides. True."""
-    device, kind = kernel.device, measure.twin_of(form)
+    device, kind = kernel.device, offers.twin_of(form)
     if kind is not None:
         kernel.twin, kernel.twin_scales = twins.empty(kind, kernel.n, kernel.k, device)
         if device.type != "cpu":
@@ -36,14 +36,14 @@ def allocate(kernel: Wrapped, form: str) -> bool:
     if getattr(kernel.layer, "bias", None) is not None:
         kernel.bias = torch.empty(kernel.n, dtype=kernel.dtype, device=device)
     kernel.fresh = False
-    if measure.has_copy(form):
+    if offers.has_copy(form):
         own.allocate(kernel)
     return True
 
 
 def copy(kernel: Wrapped, form: str) -> bool:
     """Write the own copy, where the form has one. False where there can be none, which the kernel keeps in mind."""
-    if not measure.has_copy(form):
+    if not offers.has_copy(form):
         return True
     kernel.copyable = own.fill(kernel)
     return kernel.copyable

@@ -12,7 +12,8 @@ from twinweight import cache, twin
 from twinweight.engines.vllm import ahead, build, compat, heads, measure, metrics, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
-from twinweight.engines.vllm.measure import Kind, kind_of
+from twinweight.engines.vllm.kinds import Kind, kind_of, shape_of
+from twinweight.engines.vllm.offers import Offered, has_copy, offer, without_inner
 from twinweight.engines.vllm.weight_only import weight_only
 from twinweight.errors import BudgetError
 from twinweight.kernels.compilers import Compilers
@@ -152,19 +153,19 @@ class Life:
         kinds = {name: kind_of(kernel) for name, kernel in self.kernels.items() if name not in self.built}
         return plan(kinds, budget, self.offers, self.workload, self.config.mode)
 
-    def _offers(self) -> dict[Kind, measure.Offered]:
+    def _offers(self) -> dict[Kind, Offered]:
         """What each kind of layer could have. A decode step of one sequence stays on int4, its speculated tokens included."""
         rows = compat.draft_rows(self.worker)
         least = rows + 1 if rows > 1 else 0
         given = self.config.crossover
         kernels = self._one_of_each()
         offers = {
-            kind: measure.offer(kernel, self.measured.get(kind.timed), given, least, self._lossy(kernel), len(self.kernels))
+            kind: offer(kernel, self.measured.get(kind.timed), given, least, self._lossy(kernel), len(self.kernels))
             for kind, kernel in kernels.items()
         }
         if reasons := [f"{kind}: {why}" for kind, k in kernels.items() for why in self._kinds(k)[1]]:
             log.warning("Twinweight: dense twins instead of %s for %s", self.config.dtype, "; ".join(reasons))
-        return {kind: measure.without_inner(o, self.workload) for kind, o in offers.items()} if self._frees else offers
+        return {kind: without_inner(o, self.workload) for kind, o in offers.items()} if self._frees else offers
 
     @property
     def _frees(self) -> bool:
@@ -175,7 +176,7 @@ class Life:
 
     def _kinds(self, kernel: TwinLinearKernel) -> tuple[list[str], list[str]]:
         """Of the 8-bit kinds of twins asked for: those that a layer can have, and why not the others."""
-        found, reasons = lossy_kinds(measure.shape_of(kernel), self.config.dtype)
+        found, reasons = lossy_kinds(shape_of(kernel), self.config.dtype)
         if not own.can_have(kernel) and (unreadable := [kind for kind in found if kind not in twin.FROM_DENSE]):
             reasons += [f"{', '.join(unreadable)}: the int4 weight cannot be read back from {type(kernel.inner).__name__}"]
             found = [kind for kind in found if kind not in unreadable]
@@ -233,7 +234,7 @@ class Life:
             ready = self._until_full(wanted, build.allocate)
         copied = self._until_full(ready, build.copy)
         why = "the weight cannot be read back exactly"
-        lost = {name: why for name, form in wanted if measure.has_copy(form) and not self.kernels[name].copyable}
+        lost = {name: why for name, form in wanted if has_copy(form) and not self.kernels[name].copyable}
         return ({}, lost) if lost else (dict(self._until_full(copied, self._fill)), {})
 
     def _wrong(self, wanted: list[Wanted]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from twinweight import paths
 from twinweight.engines.vllm import build, compat, heads
-from twinweight.engines.vllm.measure import kind_of, twin_of
+from twinweight.engines.vllm.kinds import kind_of
+from twinweight.engines.vllm.offers import twin_of
 from twinweight.measured import Costs
 from twinweight.paths import Path, Route
 from twinweight.plan import GIB, MARGIN

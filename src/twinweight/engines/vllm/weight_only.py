@@ -10,7 +10,7 @@ from torch import Tensor
 from twinweight import paths
 from twinweight.engines.vllm import compat, ranks
 from twinweight.engines.vllm.kernel import TwinLinearKernel
-from twinweight.engines.vllm.measure import kind_of
+from twinweight.engines.vllm.kinds import kind_of
 
 log = logging.getLogger("vllm.twinweight")
 
