@@ -70,6 +70,13 @@ class Cache:
 
     directory: Path
 
+    def is_empty(self) -> bool:
+        """Whether nothing was ever kept there."""
+        try:
+            return next(self.directory.iterdir(), None) is None
+        except OSError:
+            return True
+
     def read(self, shape: Mapping[str, object], device: torch.device, **versions: str) -> Measured | None:
         """What was measured for a shape on this device with these versions; None where there is nothing."""
         key = _key(shape, device, versions)

@@ -80,38 +80,27 @@ class Measured:
 
     def pieces(self, choices: Sequence[str]) -> tuple[tuple[int, str], ...]:
         """The route as (first number of rows, choice); the first is 0."""
-        sizes = range(len(self.ms))
         spread = [statistics.median(t.spread for t in self.times[c]) for c in choices]
         logs = [[math.log(_least(t)) for t in self.times[c]] for c in choices]
-        sums = [[math.fsum(row[:e]) for e in (*sizes, len(self.ms))] for row in logs]
 
         def ahead(new: int, old: int) -> list[bool]:
             least = 1 + max(MARGIN, spread[new] + spread[old])
             return [a.min * least < b.min for a, b in zip(self.times[choices[new]], self.times[choices[old]], strict=True)]
 
-        # best[c][e]: (cost of the sizes before e, starts so far) of the best route on which choice c takes over at size e.
-        # On a tie the later takeover: int4 costs no memory.
-        best: list[dict[int, tuple[float, tuple[int, ...], tuple[int, ...]]]] = [{0: (0.0, (0,), (0,))}]
-        for c in range(1, len(choices)):
-            beats = [ahead(c, o) for o in range(c)]
-            best.append({0: (0.0, (0,), (c,))} if beats[0][0] else {})
-            for e in sizes[1:]:
-                found = [
-                    (round(cost + sums[o][e] - sums[o][s], 9), (*starts, -e), (*used, c))
-                    for o in range(c)
-                    if beats[o][e]
-                    for s, (cost, starts, used) in best[o].items()
-                    if s < e
-                ]
-                if found:
-                    best[c][e] = min(found)
-        ends = [
-            (round(cost + sums[c][-1] - sums[c][e], 9), starts, used)
-            for c, of_choice in enumerate(best)
-            for e, (cost, starts, used) in of_choice.items()
-        ]
-        _, starts, used = min(ends)
-        rows = (0, *(self.ms[-e] for e in starts[1:]))
+        beats = [[ahead(c, o) for o in range(c)] for c in range(len(choices))]
+        # By the choice that serves a size: (cost of the sizes so far, the sum of their choices' places, starts, choices) of the
+        # best such route. On a tie sizes are for earlier choices: int4 costs no memory.
+        best: list[tuple[float, int, tuple[int, ...], tuple[int, ...]]] = [(0.0, 0, (0,), (0,))]
+        best += [(0.0, 0, (0,), (c,)) if beats[c][0][0] else (math.inf, 0, (), ()) for c in range(1, len(choices))]
+        for e in range(len(self.ms)):
+            before, best = best, []
+            for c in range(len(choices)):
+                others = [before[o] for o in range(c) if e > 0 and beats[c][o][e]]
+                taken = [(cost, places, (*starts, e), (*used, c)) for cost, places, starts, used in others]
+                cost, places, starts, used = min([before[c], *taken])
+                best.append((round(cost + logs[c][e], 9), places + c, starts, used))
+        _, _, starts, used = min(best)
+        rows = (0, *(self.ms[e] for e in starts[1:]))
         return tuple(zip(rows, (choices[c] for c in used), strict=True))
 
     def to_json(self) -> dict[str, Any]:

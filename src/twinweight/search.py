@@ -36,7 +36,7 @@ _CLOSE = 1.1  # a takeover is known well enough between sizes as close as this: 
 _STEPPED = 32  # up to here times are stairs (int4 on a CPU takes 4 rows at a time): halving would miss what is beyond a step
 _HOPELESS = 2.5  # a path so much slower than the best is not timed often
 _BEHIND = 1.5  # one that is so much slower at two sizes is not timed between them
-_LEVEL = 1.15  # a path that takes so much longer may be ahead between two sizes
+_LEVEL = 1.15  # a path that takes so much longer may be ahead between two sizes, or on a busy GPU
 _JUMPY = (_STEPPED, 512)  # rows between which GPUs' times jump: few tiles, and cuBLAS chooses others from one size to the next
 _WIDE = 1.25  # of such gaps those are looked into in which the upper size is so many times the lower
 _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, noise may move the takeover once
@@ -124,7 +124,7 @@ class Search:
 
     @property
     def level(self) -> dict[str, Callable[[torch.Tensor], object]]:
-        """What may be the best at the most rows, the best so far first."""
+        """What may be the best at the most rows on a busy GPU, the best so far first."""
         times = self.found[max(self.found)]
         ordered = sorted(times, key=lambda c: times[c].min)
         return {c: self.variants[c] for c in ordered if times[c].min <= _LEVEL * times[ordered[0]].min}
@@ -142,19 +142,19 @@ class Search:
 
 
 def load_together(searches: Iterable[Search], seconds: float) -> None:
-    """Time what may be the best at the most rows on a busy GPU, for the weights of one model: who has so many rows has them
-    again and again. seconds: for each path, by which all weights are multiplied in turn, as in a model (`under_load`), but
-    those that it cannot be the best for, which take their best one meanwhile.
+    """Time what may be the best at the most rows on a busy GPU, for all weights of a model without a rest between them: who has
+    so many rows has them again and again. seconds: for each weight and path (`under_load`).
     """
-    busy = [(s, s.level, torch.randn(max(s.found), s.k, device=s.device).to(s.dtype)) for s in searches if s.whole]
-    busy = [(s, level, x) for s, level, x in busy if len(level) > 1]
-    if not busy:
+    calls: dict[tuple[Search, str], Callable[[], object]] = {}
+    for search in searches:
+        if search.whole and len(level := search.level) > 1:
+            x = torch.randn(max(search.found), search.k, device=search.device).to(search.dtype)
+            calls |= {(search, path): partial(call, x) for path, call in level.items()}
+    if not calls:
         return
-    paths = dict.fromkeys(path for _, level, _ in busy for path in level)
-    rounds = {path: [partial(level.get(path, next(iter(level.values()))), x) for _, level, x in busy] for path in paths}
-    times = under_load(rounds, device=busy[0][0].device, seconds=seconds)
-    for at, (search, level, _) in enumerate(busy):
-        search.loaded({path: times[path][at] for path in level})
+    times = under_load(calls, device=next(iter(calls))[0].device, seconds=seconds)
+    for search in dict.fromkeys(search for search, _ in calls):
+        search.loaded({path: t for (of, path), t in times.items() if of is search})
 
 
 def _around(found: Mapping[int, dict[str, Timing]], m: int) -> list[dict[str, Timing]]:

@@ -8,10 +8,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
-_BLOCKS = 3  # that a call runs in under load
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -92,27 +93,25 @@ def in_turn(calls: Sequence[Callable[[torch.Tensor], object]]) -> Callable[[torc
     return lambda x: next(turn)(x)
 
 
-def under_load(
-    rounds: Mapping[str, Sequence[Callable[[], object]]], *, device: torch.device, seconds: float
-) -> dict[str, list[Timing]]:
-    """The times of calls on a busy device: each round of them is repeated for so long, in three blocks, in turn and back again,
-    without a rest. The second half of a block counts, and the median stands for the least.
+def under_load(calls: Mapping[Key, Callable[[], object]], *, device: torch.device, seconds: float) -> dict[Key, Timing]:
+    """The times of calls on a busy device: each is repeated for so long, half of it in turn and half on the way back, without a
+    rest. The second half of each counts, and the median stands for the least; what comes first runs as long before that.
 
     A GPU that comes to its power limit lowers its clocks within a tenth of a second: it computes as fast as it may with the
-    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. One after the other, each
-    once, calls seemed slower the later they came: 51200 x 5120 by cuBLAS at 8192 rows 1.03 to 1.09 times as long as by Machete,
-    where 0.8 s of each had 0.97 and these blocks 0.95 to 0.97 (H200, `h200-load.json`).
+    energy that a call takes, and a call that is faster on a rested GPU may be the slower one then. So each is repeated alone:
+    among others it would run by the clocks that they leave it (`docs/planning.md`).
     """
     clock = _time_on_gpu if device.type != "cpu" else _time_on_host
-    samples: dict[str, list[list[float]]] = {name: [] for name in rounds}
-    for block in range(_BLOCKS):
-        for name in list(rounds) if block % 2 == 0 else reversed(list(rounds)):
-            found: list[list[float]] = []
-            started = time.perf_counter()
-            while not found or time.perf_counter() - started < seconds / _BLOCKS:
-                found.append([clock(call, device) for call in rounds[name]])
-            samples[name] += found[len(found) // 2 :]
-    return {name: [_settled(list(of_call)) for of_call in zip(*found, strict=True)] for name, found in samples.items()}
+    samples: dict[Key, list[float]] = {key: [] for key in calls}
+    there = list(calls)
+    for at, key in enumerate((there[0], *there, *reversed(there))):
+        found: list[float] = []
+        started = time.perf_counter()
+        while not found or time.perf_counter() - started < seconds / 2:
+            found.append(clock(calls[key], device))
+        if at > 0:
+            samples[key] += found[len(found) // 2 :]
+    return {key: _settled(found) for key, found in samples.items()}
 
 
 def _settled(samples: list[float]) -> Timing:

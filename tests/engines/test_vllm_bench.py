@@ -75,6 +75,17 @@ def test_the_table_fits_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_server_without_a_weight_for_a_twin_says_so() -> None:
+    """vLLM on CPUs with AMX quantizes activations, unless told otherwise."""
+    result = summary()
+    result["arms"]["on"] |= {"weights": 0, "twins": 0, "routes": {}}
+    console = Console(width=80, record=True, color_system=None)
+    console.print(report.vllm_bench_table(result))
+    text = console.export_text()
+    assert "no weight could have a twin" in text
+    assert "0 of 0" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

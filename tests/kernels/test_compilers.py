@@ -67,6 +67,7 @@ def test_without_processes_a_start_goes_on(monkeypatch: pytest.MonkeyPatch, capl
 def test_what_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     ahead = Compilers()
     ahead._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE, text=True)
+    ahead._sent.add(Job("a", "b", "{}", ("cuda", 90, 32)))
     process = ahead._process
     monkeypatch.setattr(compilers, "_PATIENCE", 0.1)
     began = time.perf_counter()
@@ -98,11 +99,28 @@ def test_what_launches_a_kernel_is_built_with_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(triton_driver, "set_active", lambda driver: None)
     built: list[tuple[object, object]] = []
     driver = SimpleNamespace(launcher_cls=lambda src, metadata: built.append((src, metadata)))
-    monkeypatch.setattr(backends, "backends", {"cuda": SimpleNamespace(driver=lambda: driver)})
+    found = {
+        name: SimpleNamespace(compiler=backend.compiler, driver=(lambda: driver) if name == "nvidia" else None)
+        for name, backend in backends.backends.items()
+    }
+    monkeypatch.setattr(backends, "backends", found)
     kernel = SimpleNamespace(src="source", metadata="metadata")
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(one=SimpleNamespace(preload=lambda data: kernel)))  # type: ignore[arg-type]
     compilers._compile(json.dumps(dataclasses.asdict(Job("kernels", "one", "{}", ("cuda", 90, 32)))))
     assert built == [("source", "metadata")]
+
+
+def test_processes_that_were_given_nothing_are_not_waited_for() -> None:
+    ahead = Compilers()
+    ahead.start()
+    ahead.start()
+    process = ahead._process
+    assert process is not None
+    began = time.perf_counter()
+    ahead.finish()
+    assert process.returncode not in (0, None)
+    assert time.perf_counter() - began < 5
+    assert ahead._process is None
 
 
 def test_nothing_to_compile_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

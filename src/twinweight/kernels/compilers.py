@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import IO, Any
 
 from twinweight.kernels.device import has_gluon
 from twinweight.kernels.launch import only_compiling
@@ -46,11 +46,20 @@ class Job:
 
 
 class Compilers:
-    """The processes. They are started when there is something to compile; whatever goes wrong with them only costs time."""
+    """The processes. They are started when there is something to compile, or before; whatever goes wrong with them only costs
+    time.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self._sent: set[Job] = set()
+
+    def start(self) -> None:
+        """Start them, for they take seconds to import what they need."""
+        try:
+            self._started()
+        except OSError as error:
+            log.info("kernels are not compiled ahead: %s", error)
 
     def add(self, calls: Iterable[Callable[[], object]]) -> None:
         """Begin to compile the kernels that these calls launch, on the current GPU; none is run, and nothing is waited for."""
@@ -66,6 +75,8 @@ class Compilers:
         process, self._process = self._process, None
         if process is None:
             return
+        if not self._sent:
+            process.kill()
         try:
             # A line, as its input may stay open in a process that was forked meanwhile.
             process.communicate(_END, timeout=_PATIENCE)
@@ -75,6 +86,13 @@ class Compilers:
             process.wait()
 
     def _send(self, jobs: list[Job]) -> None:
+        jobs_in = self._started()
+        jobs_in.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
+        jobs_in.flush()
+        self._sent.update(jobs)
+
+    def _started(self) -> IO[str]:
+        """Where jobs go."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -85,9 +103,7 @@ class Compilers:
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
         assert self._process.stdin is not None
-        self._process.stdin.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
-        self._process.stdin.flush()
-        self._sent.update(jobs)
+        return self._process.stdin
 
 
 def launched(calls: Iterable[Callable[[], object]]) -> list[Job]:
@@ -140,17 +156,19 @@ def _compile(line: str) -> None:
     from triton.runtime.driver import driver
 
     job = Job(**json.loads(line))
-    driver.set_active(_Target(*job.target))
-    _build_launcher(getattr(importlib.import_module(job.module), job.name).preload(job.specialization), job.target[0])
+    target = _Target(*job.target)
+    driver.set_active(target)
+    _build_launcher(getattr(importlib.import_module(job.module), job.name).preload(job.specialization), target)
 
 
-def _build_launcher(kernel: Any, backend: str) -> None:
+def _build_launcher(kernel: Any, target: _Target) -> None:
     """The C code by which Triton launches a kernel, a quarter of a second of a compiler for each signature. It is built against
     the GPU's driver library, which has to be there.
     """
     from triton.backends import backends
 
-    backends[backend].driver().launcher_cls(kernel.src, kernel.metadata)
+    backend = next(b for b in backends.values() if b.compiler.supports_target(target.get_current_target()))
+    backend.driver().launcher_cls(kernel.src, kernel.metadata)
 
 
 def _serve(lines: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,24 @@ def made(worker: Any, *kernels: Any, config: Config | None = None) -> list[set[i
                 TwinLinearKernel.on_made(kernel)
     assert TwinLinearKernel.on_made is None
     return compilers.added  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("changed", "started"),
+    [({}, 1), ({"rank": 1}, 0), ({"cuda": False}, 0), ({"config": Config("soft", crossover=9)}, 0), ({"kept": True}, 0)],
+    ids=str,
+)
+def test_processes_start_before_a_device_is_opened_where_nothing_was_ever_timed(
+    changed: dict[str, Any], started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINWEIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: changed.get("cuda", True))
+    if "kept" in changed:
+        (tmp_path / "one.json").touch()
+    found: list[int] = []
+    compilers: Any = SimpleNamespace(start=lambda: found.append(1))
+    ahead.begin(compilers, SimpleNamespace(rank=changed.get("rank", 0)), changed.get("config", Config("soft")))
+    assert len(found) == started
 
 
 def test_each_kind_once_and_none_that_is_known(worker: Any) -> None:

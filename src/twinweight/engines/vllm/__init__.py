@@ -1,9 +1,9 @@
 """The vLLM plugin: a W4A16 server prefills on dense twins and decodes on vLLM's own int4 kernels. Nothing runs in mode `off`.
 
 `config` reads the settings, `compat` is all that reaches into vLLM, `kernel` wraps the kernel vLLM would choose, `op` picks a
-path at run time, `build` makes twins and `own` copies, `spare` frees what they replace, `measure` finds crossovers,
-`weight_only` says what may have a twin, `life` follows one worker from load to reload, `metrics` shows what it does. `bench`
-compares off and on.
+path at run time, `build` makes twins and `own` copies, `spare` frees what they replace, `measure` times each kind of layers
+(`kinds`), for which `ahead` compiles early, `offers` is what the planner gets of that, `weight_only` says what may have a twin,
+`life` follows one worker from load to reload, `metrics` shows what it does. `bench` compares off and on.
 """
 
 from __future__ import annotations

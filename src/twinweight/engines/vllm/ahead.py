@@ -1,4 +1,4 @@
-"""While a model loads: compile what timing its kinds of layers will launch, in other processes."""
+"""While a server starts: compile what timing its kinds of layers will launch, in other processes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ class Coming:
     layer: None = None
     copyable: bool = True
     device: torch.device = field(default_factory=lambda: torch.device("meta"))
+
+
+def begin(compilers: Compilers, worker: Any, config: Config) -> None:
+    """Start the processes before a device is opened, on a machine on which nothing was timed yet."""
+    try:
+        store = cache.default()
+        known = store is not None and not store.is_empty()
+        if config.crossover is None and worker.rank == 0 and torch.cuda.is_available() and not known:
+            compilers.start()
+    except Exception as error:  # it only saves time
+        log.info("Twinweight: compilers start later: %s", error)
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class Life:
             "wake_up": self._wake,
         }.items():
             compat.wrap(self.worker, name, around)
+        ahead.begin(self.compilers, self.worker, self.config)
         self.worker.twinweight_refresh = self.refresh
         self.worker.twinweight_report = self.report
 

@@ -1,4 +1,4 @@
-"""Crossovers inside vLLM: a layer's inner kernel against a dense GEMM, on the server's own weights and device."""
+"""Crossovers inside vLLM: layers' inner kernels against all that is ours, on the server's own weights and device."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from twinweight.timing import in_turn
 log = logging.getLogger("vllm.twinweight")
 
 SECONDS = 15.0
-"""What a start-up may spend on measuring, all kinds of layers together: Machete and Marlin take 7 to 9 s on an H200 (15 and 24
-for llama-3.3-70b and qwen3-32b on Machete at first starts, compiling included), CPUs 4 to 12. A kernel's first call is not
-counted: humming compiles all it has there, as a server does sooner or later.
+"""What a start-up may spend on measuring, all kinds of layers together: beside Machete an H200 takes 8 s for llama-3.1-8b
+and 11 for qwen3-32b, a third of it under load and as much for first calls (`h200-start-up.json`), CPUs take 4 to 12. A kernel's
+first call is not counted: humming compiles all it has there, as a server does sooner or later.
 """
 
-_LOAD = 0.45
+_LOAD = 0.2
 """Seconds that a path which may be the best at the most rows is timed for there: a server with full chunks is busy."""
 
 _SHARE = 0.5

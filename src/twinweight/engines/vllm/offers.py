@@ -20,11 +20,12 @@ INT4 = "int4"
 OWN = "own"
 """The inner kernel, and our int4 kernel on a copy of the weight in our layout (`own`)."""
 
-_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * 3)
+_TURNS = 6
+_ORDER = ((INT4, Path.INNER), (OWN, Path.INT4), *(("fused", Path.FUSED), (INT4, Path.INNER)) * _TURNS)
 """In which order paths may take over on a GPU where there is an own copy. Some inner kernels are better with few rows, others
-with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts. Three, as two may
-be at hundreds of rows: 51200 x 5120 by Machete at 98 to 270 and from 405 on could have no `fused` at 16384, where steps take
-0.97 times as long by it (`h200-vllm-routes.json`).
+with hundreds, and then where those fill their tiles (Machete: at 512, from 1024 on): theirs may be any parts. There are as many
+turns as no weight has needed: 51200 x 5120 by Machete at 98 to 270, 405 to 540 and from 911 on could have no `fused` at 16384
+with three of them, where steps take 0.97 times as long by it (`h200-vllm-routes.json`).
 """
 
 

@@ -36,7 +36,8 @@ def weight_only(kernels: dict[str, TwinLinearKernel]) -> dict[str, TwinLinearKer
     answers = [all(one) for one in zip(*ranks.gather(linear), strict=True)]
     refused = {kind for kind, answer in zip(first, answers, strict=True) if not answer}
     for kind, owner in refused:
-        log.info("Twinweight leaves %s of %s alone: activations are quantized", kind, owner)
+        hint = "; VLLM_CPU_INT4_W4A8=0 leaves them in 16 bits" if first[kind, owner].device.type == "cpu" else ""
+        log.info("Twinweight leaves %s of %s alone: activations are quantized%s", kind, owner, hint)
     return {name: kernel for name, kernel in kernels.items() if kinds[name] not in refused}
 
 
