@@ -95,15 +95,20 @@ def test_a_number_of_rows_met_before_takes_the_same_path(path: Path) -> None:
     kernel.route = Route.always(path).flat()
     x = torch.randn(4, K).to(torch.bfloat16)
     before = paths.calls[path, 4]
+    odd = torch.empty(4 * K + 1, dtype=torch.bfloat16)[1:].view(4, K).copy_(x)
+    others = op.run(kernel, odd, None), op.run(kernel, x.t().contiguous().t(), None)
+    assert kernel.steps == {}  # nothing is worked out for calls that lie as few do
     first, again, turned = op.run(kernel, x, None), op.run(kernel, x, None), op.run(kernel, x.t().contiguous().t(), None)
     assert torch.equal(first, again)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0.02, atol=0.1)
     torch.testing.assert_close(turned, first, rtol=0.02, atol=0.1)
     assert list(kernel.steps) == [4]
     with torch.profiler.profile() as profile:
         op.run(kernel, x, None)
     assert f"twinweight::{path.name.lower()} 4x{N}x{K}" in {e.key for e in profile.key_averages()}
     assert torch.equal(op.run(kernel, x[None], None)[0], first)
-    assert paths.calls[path, 4] - before == 5
+    assert paths.calls[path, 4] - before == 7
 
 
 @pytest.mark.parametrize("path", [Path.FUSED, Path.TWIN])

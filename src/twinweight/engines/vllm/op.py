@@ -90,7 +90,9 @@ def run(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _first(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`run` for a number of rows not met before, which it keeps in mind; for x of more dimensions; and under a profiler."""
+    """`run` for a number of rows not met before, which it keeps in mind where x lies as most do; for x of more dimensions; and
+    under a profiler.
+    """
     flat = x.dim() == 2
     rows = x if flat else x.reshape(-1, x.shape[-1])
     m = rows.shape[0]
@@ -99,7 +101,8 @@ def _first(kernel: Paths, x: Tensor, bias: Tensor | None) -> Tensor:
         y = _by(path, kernel, rows, bias)
     if not flat:
         return y.view(*x.shape[:-1], kernel.n)
-    keep(kernel.steps, m, Step(path, counted(path, m), None if x.is_cpu else _again(path, kernel, x)))
+    if x.is_contiguous() and not x.data_ptr() & 15:
+        keep(kernel.steps, m, Step(path, counted(path, m), None if x.is_cpu else _again(path, kernel, x)))
     return y
 
 
