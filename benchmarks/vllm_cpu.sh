@@ -1,8 +1,8 @@
 #!/bin/sh
 # The 8B shape cut to 2 layers through vLLM for CPUs, 1024 tokens in, with dense twins and with int8 ones: writes
-# vllm-llama-3.1-8b-2l.json and vllm-llama-3.1-8b-2l-int8.json in benchmarks/results/cpu, or in $1, and with AMX -w4a8.json. Wants the environment of
-# `make test-vllm`, 2 cores (CORES), and an idle machine. tcmalloc is preloaded where it is installed (apt install
-# libtcmalloc-minimal4), off and on, as vLLM's installation guide for CPUs asks.
+# vllm-llama-3.1-8b-2l.json and vllm-llama-3.1-8b-2l-int8.json in benchmarks/results/cpu, or in $1, and where the CPU has AMX
+# vllm-llama-3.1-8b-2l-w4a8.json. Wants the environment of `make test-vllm`, 2 cores (CORES), and an idle machine. tcmalloc is
+# preloaded where it is installed (apt install libtcmalloc-minimal4), off and on, as vLLM's installation guide for CPUs asks.
 set -eu
 case ${1:-} in -*) sed -n 2,5p "$0" && exit 2 ;; esac
 cd "$(dirname "$0")/.."
@@ -18,4 +18,7 @@ bench() { # name, kind of twin
 bench vllm-llama-3.1-8b-2l dense
 bench vllm-llama-3.1-8b-2l-int8 int8
 # vLLM's default on CPUs with AMX, which Twinweight leaves alone: int8 activations.
-! grep -q amx_int8 /proc/cpuinfo || VLLM_CPU_INT4_W4A8=1 bench vllm-llama-3.1-8b-2l-w4a8 dense
+if grep -q amx_int8 /proc/cpuinfo; then
+    export VLLM_CPU_INT4_W4A8=1
+    bench vllm-llama-3.1-8b-2l-w4a8 dense
+fi

@@ -161,7 +161,7 @@ def test_at_the_most_rows_what_may_be_the_best_is_timed_under_load(
 ) -> None:
     """Machete and our kernels on an H200, which takes 700 W: the faster one on a rested GPU is the slower one there."""
     clock.clear()
-    clock |= {"int4": lambda m: 9.5e-7 * m, "fused": lambda m: 1e-6 * m, "twin:bfloat16": lambda m: 1e-4 + 1.5e-6 * m}
+    clock |= {"int4": lambda m: 9e-7 * m, "fused": lambda m: 1e-6 * m, "twin:bfloat16": lambda m: 1e-4 + 1.5e-6 * m}
     loaded = {"int4": 1.3, "fused": 1.1}
     asked: list[tuple[float, list[str]]] = []
 

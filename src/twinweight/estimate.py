@@ -63,7 +63,7 @@ def _peak(gpu: Gpu) -> float:
 
 def offers(gpu: Gpu, rank: Rank) -> tuple[dict[Kind, Offered], str]:
     """What each kind of weight could have: by stored measurements of this GPU where all kinds have one, else by a roofline."""
-    from twinweight.engines.vllm import offers
+    from twinweight.engines.vllm.offers import costs, forms
 
     kinds = list(dict.fromkeys(rank.weights.values()))
     stored = _stored(gpu, kinds)
@@ -74,8 +74,8 @@ def offers(gpu: Gpu, rank: Rank) -> tuple[dict[Kind, Offered], str]:
         if found is None or len(stored) < len(kinds):
             found_for[kind] = Roofline(kind, gpu, (Form("bfloat16", nbytes, ("twin:bfloat16",)),))
         elif in_vllm:
-            forms = offers.forms(_copy_bytes(kind), {"bfloat16": nbytes})
-            found_for[kind] = offers.costs(found, forms, kind.n, layers=len(rank.weights))
+            held = forms(_copy_bytes(kind), {"bfloat16": nbytes})
+            found_for[kind] = costs(found, held, kind.n, layers=len(rank.weights))
         else:
             twin = Form("bfloat16", nbytes, found.with_twin("twin:bfloat16"))
             found_for[kind] = Costs(found, Form("none", 0, found.plain), (twin,), kind.n)

@@ -130,12 +130,11 @@ def vllm_bench_table(result: dict[str, Any]) -> Report:
     ]
     copies = f", {on['copies']} an int4 copy" if on.get("copies") else ""
     twins = f"{on['twins']} of {on['weights']} weights have a twin{copies}, {on['twin_gib']:.3f} GiB a rank"
-    if on["weights"] == 0:
-        twins = "no weight could have a twin (the server's log says which it left alone)"
+    none = "no weight could have a twin (the server's log says which it left alone)"
     return Report((
         Table(title, columns if itl else columns[:-1], tuple(rows)),
         "\n".join(lines),
-        _routes(f"{twins}; paths by rows (M), per shape:", on["routes"]),
+        none if on["weights"] == 0 else _routes(f"{twins}; paths by rows (M), per shape:", on["routes"]),
     ))  # fmt: skip
 
 

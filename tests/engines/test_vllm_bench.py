@@ -84,6 +84,7 @@ def test_a_server_without_a_weight_for_a_twin_says_so() -> None:
     text = console.export_text()
     assert "no weight could have a twin" in text
     assert "0 of 0" not in text
+    assert "paths by rows" not in text
 
 
 @pytest.mark.parametrize(
