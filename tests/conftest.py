@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
+
+with suppress(ModuleNotFoundError):  # where only tests without it are run
+    from hypothesis import settings
+
+    settings.register_profile("any speed", settings.default, deadline=None)
+    settings.load_profile("any speed")
 
 os.environ["TWINWEIGHT_CACHE"] = "off"  # measurements of tests are not kept, and those of others not used
 

@@ -47,7 +47,7 @@ items_strategy = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(items_strategy, st.integers(0, 400))
 def test_it_is_as_good_as_scipys_milp(items: list[Item], capacity: int) -> None:
     solution = solve(items, capacity)

@@ -15,11 +15,11 @@ CODE = """
 import json, sys, time
 from pathlib import Path
 from twinweight.roofline.run import roofline
-start = time.perf_counter()
+start = time.process_time()
 result = roofline([Path(sys.argv[1])])
 status = Path("/proc/self/status").read_text()  # not ru_maxrss, which begins with the parent's
 peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-print(json.dumps([time.perf_counter() - start, peak, result["attributed"], len(result["ops"])]))
+print(json.dumps([time.process_time() - start, peak, result["attributed"], len(result["ops"])]))
 """
 
 

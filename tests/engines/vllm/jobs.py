@@ -64,7 +64,9 @@ def environment(given: Environ = ()) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Job:
-    """A job of `host.py`; more: further arguments of LLM, as JSON. environ: another environment is another process."""
+    """A job of `host.py`; more: further arguments of LLM, as JSON. environ: another environment is another process, and so is
+    another command that it runs in (within).
+    """
 
     model: str
     additional: str = "{}"
@@ -74,15 +76,16 @@ class Job:
     more: str = "{}"
     prompts: tuple[tuple[int, ...], ...] = models.PROMPTS
     environ: Environ = field(default=())
+    within: tuple[str, ...] = ()
 
 
 class Host:
     """A process of `host.py` and its log."""
 
-    def __init__(self, environ: Environ) -> None:
+    def __init__(self, environ: Environ, within: tuple[str, ...]) -> None:
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("host.py"))], env=environment(environ), text=True, cwd=ROOT,
+            [*within, sys.executable, str(Path(__file__).with_name("host.py"))], env=environment(environ), text=True, cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, errors="replace",
         )  # fmt: skip
         atexit.register(self.process.kill)
@@ -108,9 +111,9 @@ class Host:
 
 
 @functools.cache
-def host(environ: Environ) -> Host:
+def host(environ: Environ, within: tuple[str, ...]) -> Host:
     """The process for an environment."""
-    return Host(environ)
+    return Host(environ, within)
 
 
 @functools.cache
@@ -126,7 +129,7 @@ def attempt(job: Job) -> dict[str, Any]:
         **json.loads(job.more),
     }
     given = {"llm": llm, "tokens": TOKENS, "prompts": job.prompts, "reload": job.reload, "adapter": job.adapter}
-    return host(job.environ).run({**given, "batches": [[0], list(range(len(job.prompts)))]})
+    return host(job.environ, job.within).run({**given, "batches": [[0], list(range(len(job.prompts)))]})
 
 
 def result(job: Job) -> dict[str, Any]:

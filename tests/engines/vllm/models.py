@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from twinweight.presets import preset
 from twinweight.synth import write
 
 ROOT = Path(__file__).parents[3]
-BUILD = ROOT / "build" / "vllm-models"
+BUILD = ROOT / "build" / "vllm-models" / os.environ.get("PYTEST_XDIST_WORKER", "")
+"""Each process of tests writes its own."""
 TRAINED = str(min(ROOT.glob("models/*/config.json")).parent)
 SHORT = 2  # layers of the models cut from the trained one
 TEXT = (Path(TRAINED) / "heldout.txt").read_text()

@@ -1,0 +1,116 @@
+"""One server over two hosts: namespaces of a network, each with its own address and shared memory, as two machines have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
+
+from tests.engines.vllm.jobs import ROOT, Environ, Job, assert_same_tokens, calls, environment, host, needs_kernel, result
+from tests.engines.vllm.models import SHORT, short
+
+pytestmark = needs_kernel
+
+NAMES = ("twinweight-0", "twinweight-1")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+MODEL = short(group_size=64)
+ON = {"twinweight": {"mode": "soft"}}
+MORE: dict[str, Any] = {
+    "tensor_parallel_size": 2, "nnodes": 2, "master_addr": ADDRESSES[0], "master_port": 29577,
+    "distributed_executor_backend": "mp",
+}  # fmt: skip
+HEADLESS = (
+    "from vllm.entrypoints.cli.serve import FlexibleArgumentParser, make_arg_parser, run_headless; "
+    "run_headless(make_arg_parser(FlexibleArgumentParser()).parse_args())"
+)
+"""`vllm serve --headless`, whose command asks for the version of a package named vllm."""
+
+
+def within(which: int) -> tuple[str, ...]:
+    """A command before another one, which then runs on a host."""
+    alone = 'mount -t tmpfs tmpfs /dev/shm; exec "$@"'
+    return (*f"ip netns exec {NAMES[which]} unshare --ipc --mount sh -c".split(), alone, "sh")
+
+
+def environ_of(which: int) -> Environ:
+    return (("VLLM_HOST_IP", ADDRESSES[which]), ("GLOO_SOCKET_IFNAME", NAMES[which]), ("VLLM_CPU_OMP_THREADS_BIND", str(which)))
+
+
+def remove_hosts() -> None:
+    for name in NAMES:
+        with suppress(OSError):
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+@contextmanager
+def network() -> Iterator[None]:
+    """The hosts and a wire between them; a machine may not allow it."""
+    first, second = NAMES
+    made = [
+        *(["netns", "add", name] for name in NAMES),
+        ["link", "add", first, "netns", first, "type", "veth", "peer", "name", second, "netns", second],
+        *(["-n", name, "addr", "add", f"{address}/24", "dev", name] for name, address in zip(NAMES, ADDRESSES, strict=True)),
+        *(["-n", name, "link", "set", device, "up"] for name in NAMES for device in ("lo", name)),
+    ]
+    remove_hosts()  # of a run that was interrupted
+    try:
+        for command in made:
+            subprocess.run(["ip", *command], check=True, capture_output=True)
+        subprocess.run([*within(0), "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs ip (iproute2) and the right to make network namespaces: {error}")
+    else:
+        yield
+    finally:
+        remove_hosts()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """Job of the first host, while the second runs its rank; without that the first does not wait."""
+    found = Job(MODEL, json.dumps(ON), more=json.dumps(MORE | {"node_rank": 0}), environ=environ_of(0), within=within(0))
+    options = {**MORE, "node_rank": 1, "max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 4, "seed": 0}
+    command = [
+        *within(1), sys.executable, "-c", HEADLESS, "--model", MODEL, "--headless", "--api-server-count=1", "--enforce-eager",
+        "--skip-tokenizer-init", "--no-enable-prefix-caching", "--disable-log-stats", "--additional-config", found.additional,
+        *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
+    ]  # fmt: skip
+    log = tmp_path_factory.mktemp("hosts") / "log"
+    with network(), log.open("w") as out:
+        first = host(found.environ, found.within).process
+        second = subprocess.Popen(command, env=environment(environ_of(1)), cwd=ROOT, stdout=out, stderr=out)
+
+        def follow() -> None:
+            second.wait()
+            first.kill()
+
+        threading.Thread(target=follow, daemon=True).start()
+        try:
+            yield found
+        finally:
+            second.terminate()
+            second.wait()
+
+
+def test_ranks_on_two_hosts_measure_and_plan_alike(job: Job) -> None:
+    ranks = result(job)["reports"][0]
+    assert len(ranks) == 2
+    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
+    assert ranks[0]["routes"] == ranks[1]["routes"]
+    assert len(ranks[0]["inner"]) == 4 * SHORT
+    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
+
+
+def test_tokens_are_those_of_one_host_without_twins(job: Job) -> None:
+    assert_same_tokens(Job(short()), job)
+    assert calls(job, 2, rank=0) == calls(job, 2, rank=1)
