@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import traceback
 from typing import Any
@@ -26,7 +27,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if with_ray:
         import ray
 
-        ray.init(num_gpus=2, num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+        here = {"address": "local", "num_gpus": 2, "num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 << 20}
+        ray.init(**({} if "RAY_ADDRESS" in os.environ else here))
     llm = LLM(seed=0, enable_prefix_caching=False, disable_log_stats=True, skip_tokenizer_init=True, **job["llm"])
     sampling = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False, logprobs=2)
     prompts = [{"prompt_token_ids": p} for p in job["prompts"]]

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import ROOT, Environ, Job, assert_same_tokens, calls, environment, host, needs_kernel, result
+from tests.engines.vllm.jobs import RAY, ROOT, Environ, Job, assert_same_tokens, calls, environment, host, needs_kernel, result
 from tests.engines.vllm.models import SHORT, short
 
 pytestmark = needs_kernel
@@ -36,10 +38,11 @@ HEADLESS = (
 """`vllm serve --headless`, whose command asks for the version of a package named vllm."""
 
 
-def within(which: int) -> tuple[str, ...]:
-    """A command before another one, which then runs on a host."""
-    alone = 'mount -t tmpfs tmpfs /dev/shm; exec "$@"'
-    return (*f"ip netns exec {NAMES[which]} unshare --ipc --mount sh -c".split(), alone, "sh")
+def within(which: int, *, memory: bool = True) -> tuple[str, ...]:
+    """A command before another one, which then runs on a host; memory: with shared memory of its own."""
+    enter = ("ip", "netns", "exec", NAMES[which])
+    alone = ("unshare", "--ipc", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm; exec "$@"', "sh")
+    return (*enter, *alone) if memory else enter
 
 
 def environ_of(which: int) -> Environ:
@@ -52,7 +55,7 @@ def remove_hosts() -> None:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
-@contextmanager
+@pytest.fixture(scope="module")
 def network() -> Iterator[None]:
     """The hosts and a wire between them; a machine may not allow it."""
     first, second = NAMES
@@ -76,7 +79,7 @@ def network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+def job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """Job of the first host, while the second runs its rank; without that the first does not wait."""
     found = Job(MODEL, json.dumps(ON), more=json.dumps(MORE | {"node_rank": 0}), environ=environ_of(0), within=within(0))
     options = {**MORE, "node_rank": 1, "max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 4, "seed": 0}
@@ -86,7 +89,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
         *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("hosts") / "log"
-    with network(), log.open("w") as out:
+    with log.open("w") as out:
         first = host(found.environ, found.within).process
         second = subprocess.Popen(command, env=environment(environ_of(1)), cwd=ROOT, stdout=out, stderr=out)
 
@@ -102,8 +105,39 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
             second.wait()
 
 
-def test_ranks_on_two_hosts_measure_and_plan_alike(job: Job) -> None:
-    ranks = result(job)["reports"][0]
+@pytest.fixture(scope="module")
+def ray_job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
+    """The same on a cluster of Ray, under which vLLM's ranks on CPUs expect to share memory."""
+    ray, address = str(Path(sys.executable).with_name("ray")), f"{ADDRESSES[0]}:6379"
+    more = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    given, log = (*environ_of(0), *RAY, ("RAY_ADDRESS", address)), tmp_path_factory.mktemp("ray") / "log"
+    found = Job(MODEL, json.dumps(ON), more=json.dumps(more), environ=given, within=within(0, memory=False))
+    # Paths of sockets are short, and where Ray keeps them by default other tests would find this cluster.
+    with tempfile.TemporaryDirectory(prefix="ray") as temporary, log.open("w") as out, ExitStack() as stack:
+        first = ["--head", "--port=6379", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temporary}"]
+        for which, options in enumerate((first, [f"--address={address}"])):
+            command = [
+                *within(which, memory=False), ray, "start", f"--node-ip-address={ADDRESSES[which]}", "--num-gpus=1",
+                "--num-cpus=2", "--object-store-memory=100000000", "--block", *options,
+            ]  # fmt: skip
+            environ = environment((*environ_of(which), *RAY))
+            process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=out, stderr=out)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            status = [*found.within, ray, "status", f"--address={address}"]
+            for _ in range(30):
+                if (
+                    subprocess.run(status, capture_output=True, text=True, env=environ, check=False).stdout.count(" node_")
+                    > which
+                ):
+                    break
+                assert process.poll() is None, log.read_text()[-4000:]
+        yield found
+
+
+@pytest.mark.parametrize("by", ["job", "ray_job"])
+def test_ranks_on_two_hosts_measure_and_plan_alike(by: str, request: pytest.FixtureRequest) -> None:
+    ranks = result(request.getfixturevalue(by))["reports"][0]
     assert len(ranks) == 2
     assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
     assert ranks[0]["routes"] == ranks[1]["routes"]
@@ -111,6 +145,8 @@ def test_ranks_on_two_hosts_measure_and_plan_alike(job: Job) -> None:
     assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
 
 
-def test_tokens_are_those_of_one_host_without_twins(job: Job) -> None:
+@pytest.mark.parametrize("by", ["job", "ray_job"])
+def test_tokens_are_those_of_one_host_without_twins(by: str, request: pytest.FixtureRequest) -> None:
+    job = request.getfixturevalue(by)
     assert_same_tokens(Job(short()), job)
     assert calls(job, 2, rank=0) == calls(job, 2, rank=1)
