@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 
 import torch
 
@@ -84,11 +83,7 @@ class Crossovers:
         new = [s for s in unknown if self._kept(s, {"int4", "fused"}) is None]
         for device, ours in itertools.groupby(new, key=lambda shape: shape.device):
             with torch.cuda.device(device):
-                compile_together(
-                    call
-                    for s in ours
-                    for call in gpu.launches(s.n, s.k, s.group_size, s.dtype, grid(device), symmetric=s.symmetric)
-                )
+                compile_together(call for shape in ours for call in launches(shape))
 
     def measure(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
         """Measure a shape anew, whatever is known, and keep that."""
@@ -133,7 +128,8 @@ def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ())
     if shape.device.type == "cpu":
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
     calls = variants(shape, n, names)
-    compile_first(calls.values(), shape.k, shape.dtype, shape.device)
+    if shape.device.type == "cuda":
+        compile_together(launches(shape))
     return time_variants(calls, shape.k, n, shape.dtype, shape.device, wraps=by_graphs(shape))
 
 
@@ -149,11 +145,12 @@ def by_graphs(shape: Shape) -> Callable[[int], Wrap | None]:
     return lambda m: graphs.replayed if m * shape.n * shape.k <= _LAUNCHED else None
 
 
-def compile_first(calls: Iterable[Callable[[torch.Tensor], object]], k: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile our kernels for all rows of the device's grid at once; on a CPU there are none. Tiles depend on rows."""
-    if device.type != "cpu":
-        rows = itertools.product(calls, reversed(grid(device)))  # the largest tiles take longest
-        compile_together(partial(call, torch.empty(m, k, dtype=dtype, device=device)) for call, m in rows)
+def launches(shape: Shape) -> Iterator[Callable[[], object]]:
+    """Calls, on tensors without data, that launch what measuring a shape does on a GPU: tiles depend on rows."""
+    rows = grid(shape.device)
+    return gpu.launches(
+        shape.n, shape.k, shape.group_size, shape.dtype, {Path.INT4: rows, Path.FUSED: rows}, symmetric=shape.symmetric
+    )
 
 
 def variants(shape: Shape, n: int, names: Sequence[str]) -> dict[str, Callable[[torch.Tensor], object]]:

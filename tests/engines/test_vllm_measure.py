@@ -18,9 +18,13 @@ from twinweight import crossover
 from twinweight.cache import Cache
 from twinweight.engines.vllm import compat, measure, offers, own
 from twinweight.engines.vllm.kinds import Kind, kind_of, shape_of
+from twinweight.kernels import gpu
+from twinweight.kernels.prepared import KernelWeight
 from twinweight.kernels.tiles import AmpereTiles, DeviceTraits, HopperTiles, fused_tiles
 from twinweight.measured import Measured
 from twinweight.memory import Memory
+from twinweight.paths import Path as Way
+from twinweight.paths import Route
 from twinweight.search import grid
 from twinweight.timing import Timing
 
@@ -62,6 +66,25 @@ def test_a_kernel_that_does_not_compile_takes_no_other_along(caplog: pytest.LogC
     assert set(rows) == {*grid(torch.device("meta")), 16384}
     assert "does without fused" in caplog.text
     assert "no such instruction" in caplog.text
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(N)])
+def test_what_a_route_launches_is_compiled_without_memory_for_it(bias: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def linear(name: str, x: Tensor, w: KernelWeight, added: Tensor | None) -> None:
+        assert {x.device.type, w.packed.device.type} == {"meta"}
+        assert (added is None) == (bias is None)
+        asked.append((name, len(x)))
+
+    monkeypatch.setattr(gpu, "int4_linear", functools.partial(linear, "int4"))
+    monkeypatch.setattr(gpu, "fused_linear", functools.partial(linear, "fused"))
+    monkeypatch.setattr(own, "compile_together", lambda calls: [call() for call in calls])
+    kernel = layer("cpu")
+    kernel.bias, kernel.own = bias, gpu.empty(N, K, 128, torch.bfloat16, torch.device("cpu"), symmetric=True)
+    kernel.route = Route((0, 4, 32, 64), (Way.INT4, Way.FUSED, Way.INNER, Way.FUSED)).flat()
+    own.compile_paths([kernel], 80)
+    assert asked == [("fused", m) for m in (88, 80, 72, 64, 24, 16, 8, 7, 6, 5, 4)] + [("int4", m) for m in (3, 2, 1)]
 
 
 def test_a_kernel_that_ran_out_of_memory_is_tried_again() -> None:

@@ -10,6 +10,7 @@ from tests.engines.test_vllm_measure import K, N, layer, measured
 from twinweight.engines.vllm import offers
 from twinweight.engines.vllm.kinds import kind_of
 from twinweight.measured import Measured
+from twinweight.paths import Path
 from twinweight.timing import Timing
 from twinweight.workload import HEAD_ROWS, Workload
 
@@ -43,6 +44,17 @@ def test_a_layer_on_a_gpu_may_have_a_twin_a_copy_or_both() -> None:
     assert copy.nbytes == N * K // 2 + N * K // 128 * 2
     assert twin.nbytes + copy.nbytes == both.nbytes
     assert (twin.is_twin, copy.is_twin, both.is_twin) == (True, False, True)
+
+
+def test_the_inner_kernel_comes_back_behind_a_twin_that_is_ahead_for_a_few_rows() -> None:
+    """As on a CPU with AMX."""
+    times = measured(
+        int4=[30, 40, 80, 150, 300], own=[10, 90, 700, 1500, 3000], stream=[500] * 5, twin_bfloat16=[32, 30, 90, 170, 340]
+    )
+    twin, _, both = offers.forms(N * K // 2, {"bfloat16": 2 * N * K}, ((offers.OWN, Path.INT4), (offers.INT4, Path.INNER)))
+    found = offers.costs(times, [twin, both], N, on_gpu=False)
+    assert str(found.route(twin)) == "int4 from M=1, twin from M=32, int4 from M=256"
+    assert str(found.route(both)) == "int4 from M=1, twin from M=32, inner from M=256"
 
 
 def test_a_layer_that_cannot_have_a_copy_has_a_kind_of_its_own_and_the_same_times() -> None:

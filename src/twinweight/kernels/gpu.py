@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,16 +67,23 @@ def fused_linear(x: Tensor, w: KernelWeight, bias: Tensor | None) -> Tensor:
 
 
 def launches(
-    n: int, k: int, group_size: int, dtype: torch.dtype, rows: Sequence[int], *, symmetric: bool
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype,
+    rows: Mapping[Path, Iterable[int]],
+    *,
+    symmetric: bool,
+    bias: bool = False,
 ) -> Iterator[Callable[[], Tensor]]:
-    """Calls of `int4_linear` and `fused_linear` with so many rows, on tensors without data, for `launch.only_compiling`. The
-    largest come first: their tiles take longest to compile.
+    """Calls by `fused` and by `int4` with so many rows, on tensors without data, for `launch.only_compiling`. The largest come
+    first: their tiles take longest to compile.
     """
     meta = torch.device("meta")
-    weight = empty(n, k, group_size, dtype, meta, symmetric=symmetric)
-    for linear in (fused_linear, int4_linear):
-        for m in sorted(rows, reverse=True):
-            yield functools.partial(linear, torch.empty(m, k, dtype=dtype, device=meta), weight, None)
+    weight, added = empty(n, k, group_size, dtype, meta, symmetric=symmetric), torch.empty(n, dtype=dtype, device=meta)
+    for path, linear in ((Path.FUSED, fused_linear), (Path.INT4, int4_linear)):
+        for m in sorted(rows.get(path, ()), reverse=True):
+            yield functools.partial(linear, torch.empty(m, k, dtype=dtype, device=meta), weight, added if bias else None)
 
 
 def again(path: int, x: Tensor, w: KernelWeight, bias: Tensor | None) -> Again | None:

@@ -25,6 +25,7 @@ from twinweight.kernels import gpu
 from twinweight.kernels.launch import compile_together
 from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory, read_memory
+from twinweight.paths import Path
 from twinweight.search import FULL, Search, grid, load_together
 from twinweight.timing import in_turn
 
@@ -123,7 +124,8 @@ def _rotated(kernel: Wrapped) -> int:
 def launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     """Calls, on tensors without data, that launch all kernels of ours a layer may ever need; `stream` has one for all rows."""
     shape = shape_of(kernel)
-    rows = own.sizes(most) if own.can_have(kernel) else ()
+    sizes = own.sizes(most) if own.can_have(kernel) else ()
+    rows = {Path.INT4: sizes, Path.FUSED: sizes}
     return gpu.launches(shape.n, shape.k, shape.group_size, shape.dtype, rows, symmetric=shape.symmetric)
 
 

@@ -64,13 +64,16 @@ def forms_of(kernel: Wrapped, lossy: Sequence[str]) -> tuple[Form, ...]:
 
 def forms(copy: int | None, twins: Mapping[str, int], order: Sequence[tuple[str, Path]] = _ORDER) -> tuple[Form, ...]:
     """As `forms_of`. copy: bytes of an own copy, None where there can be none; twins: kind -> bytes; order: the choices of a
-    copy and their paths, in the order in which they may take over.
+    copy and their paths, in the order in which they may take over. The inner kernel may come back behind a twin: on a CPU with
+    AMX a twin is ahead for up to some 64 rows, and no more.
     """
-    alone = [Form(kind, nbytes, (INT4, twin_choice(kind))) for kind, nbytes in twins.items()]
+    alone = [Form(kind, nbytes, (INT4, twin_choice(kind), INT4)) for kind, nbytes in twins.items()]
     if copy is None:
         return tuple(alone)
     ways, taken = zip(*order, ("stream", Path.STREAM), strict=True)
-    both = [Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[-1]), (*taken, Path.TWIN)) for f in alone]
+    both = [
+        Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[1], INT4), (*taken, Path.TWIN, Path.INNER)) for f in alone
+    ]
     return (*alone, Form(OWN, copy, ways, taken, is_twin=False), *both)
 
 

@@ -6,10 +6,8 @@ layout is known, else recovered from what it computes) and is kept only where it
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -136,8 +134,7 @@ def compile_paths(kernels: Iterable[Wrapped], most: int) -> None:
     """Compile what calls of up to `most` rows launch from the copies of these layers, several kernels at a time. Capturing
     graphs would wait for one after the other, and so would the first prompts. (`stream` has one kernel for all sizes.)
     """
-    tiled = (Path.INT4, Path.FUSED)
-    compile_together(partial(_run, k, m) for k, m in itertools.product(kernels, sizes(most)) if pick(k.route, m) in tiled)
+    compile_together(call for kernel in kernels for call in _launches(kernel, most))
 
 
 def sizes(most: int) -> list[int]:
@@ -145,10 +142,13 @@ def sizes(most: int) -> list[int]:
     return [*(m for m in SIZES if m <= most), *[m for m in SIZES if m > most][:1]]
 
 
-def _run(kernel: Wrapped, m: int) -> None:
-    if kernel.own is not None:
-        x = torch.empty(m, kernel.k, dtype=kernel.dtype, device=kernel.device)
-        int4_path(pick(kernel.route, m), x, kernel.own, kernel.bias)
+def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
+    w = kernel.own
+    if w is None:
+        return iter(())
+    rows = {path: [m for m in sizes(most) if pick(kernel.route, m) == path] for path in (Path.INT4, Path.FUSED)}
+    biased = kernel.bias is not None
+    return gpu.launches(w.n, w.k, w.group_size, kernel.dtype, rows, symmetric=w.zeros is None, bias=biased)
 
 
 @torch.inference_mode()
