@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -81,9 +81,8 @@ class Crossovers:
         """
         unknown = (s for s in shapes if s.device.type == "cuda" and s not in self.measured)
         new = [s for s in unknown if self._kept(s, {"int4", "fused"}) is None]
-        for device, ours in itertools.groupby(new, key=lambda shape: shape.device):
-            with torch.cuda.device(device):
-                compile_together(call for shape in ours for call in launches(shape))
+        for _, ours in itertools.groupby(new, key=lambda shape: shape.device):
+            _compile(list(ours))
 
     def measure(self, shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ()) -> Measured:
         """Measure a shape anew, whatever is known, and keep that."""
@@ -129,7 +128,7 @@ def measure(shape: Shape, *, with_twins: bool = True, lossy: Sequence[str] = ())
         n = min(n, max(64, CPU_ELEMENTS // shape.k // 64 * 64))
     calls = variants(shape, n, names)
     if shape.device.type == "cuda":
-        compile_together(launches(shape))
+        _compile([shape])
     return time_variants(calls, shape.k, n, shape.dtype, shape.device, wraps=by_graphs(shape))
 
 
@@ -145,12 +144,14 @@ def by_graphs(shape: Shape) -> Callable[[int], Wrap | None]:
     return lambda m: graphs.replayed if m * shape.n * shape.k <= _LAUNCHED else None
 
 
-def launches(shape: Shape) -> Iterator[Callable[[], object]]:
-    """Calls, on tensors without data, that launch what measuring a shape does on a GPU: tiles depend on rows."""
-    rows = grid(shape.device)
-    return gpu.launches(
-        shape.n, shape.k, shape.group_size, shape.dtype, {Path.INT4: rows, Path.FUSED: rows}, symmetric=shape.symmetric
-    )
+def _compile(shapes: Sequence[Shape]) -> None:
+    """Compile what measuring these launches on their GPU: tiles depend on rows."""
+    device = shapes[0].device
+    rows = dict.fromkeys((Path.INT4, Path.FUSED), grid(device))
+    with torch.cuda.device(device):
+        compile_together(
+            call for s in shapes for call in gpu.launches(s.n, s.k, s.group_size, s.dtype, rows, symmetric=s.symmetric)
+        )
 
 
 def variants(shape: Shape, n: int, names: Sequence[str]) -> dict[str, Callable[[torch.Tensor], object]]:

@@ -45,6 +45,7 @@ def main() -> None:
         return partial(int4_path, way, torch.empty(m, 4096, dtype=torch.bfloat16, device=META), weight, None)
 
     calls = [call(Way.INT4, 1), call(Way.FUSED, 128), call(Way.FUSED, 100), call(Way.FUSED, 4096)]
+    calls += gpu.launches(4096, 4096, 128, torch.bfloat16, {Way.FUSED: [128]}, symmetric=True, bias=True)
     ahead = compilers.Compilers()
     found: dict[str, Any] = {"jobs": len(compilers.launched(calls))}
     ahead.add(calls[:2])

@@ -126,10 +126,8 @@ def ray_job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             stack.callback(process.terminate)
             status = [*found.within, ray, "status", f"--address={address}"]
             for _ in range(30):
-                if (
-                    subprocess.run(status, capture_output=True, text=True, env=environ, check=False).stdout.count(" node_")
-                    > which
-                ):
+                done = subprocess.run(status, capture_output=True, text=True, env=environ, check=False)
+                if done.stdout.count(" node_") > which:
                     break
                 assert process.poll() is None, log.read_text()[-4000:]
         yield found

@@ -124,8 +124,7 @@ def _rotated(kernel: Wrapped) -> int:
 def launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     """Calls, on tensors without data, that launch all kernels of ours a layer may ever need; `stream` has one for all rows."""
     shape = shape_of(kernel)
-    sizes = own.sizes(most) if own.can_have(kernel) else ()
-    rows = {Path.INT4: sizes, Path.FUSED: sizes}
+    rows = dict.fromkeys((Path.INT4, Path.FUSED), own.sizes(most) if own.can_have(kernel) else ())
     return gpu.launches(shape.n, shape.k, shape.group_size, shape.dtype, rows, symmetric=shape.symmetric)
 
 

@@ -72,7 +72,8 @@ def forms(copy: int | None, twins: Mapping[str, int], order: Sequence[tuple[str,
         return tuple(alone)
     ways, taken = zip(*order, ("stream", Path.STREAM), strict=True)
     both = [
-        Form(f"{OWN}+{f.name}", copy + f.nbytes, (*ways, f.choices[1], INT4), (*taken, Path.TWIN, Path.INNER)) for f in alone
+        Form(f"{OWN}+{kind}", copy + nbytes, (*ways, twin_choice(kind), INT4), (*taken, Path.TWIN, Path.INNER))
+        for kind, nbytes in twins.items()
     ]
     return (*alone, Form(OWN, copy, ways, taken, is_twin=False), *both)
 

@@ -144,11 +144,10 @@ def sizes(most: int) -> list[int]:
 
 def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     w = kernel.own
-    if w is None:
-        return iter(())
-    rows = {path: [m for m in sizes(most) if pick(kernel.route, m) == path] for path in (Path.INT4, Path.FUSED)}
-    biased = kernel.bias is not None
-    return gpu.launches(w.n, w.k, w.group_size, kernel.dtype, rows, symmetric=w.zeros is None, bias=biased)
+    if w is not None:
+        rows = {path: [m for m in sizes(most) if pick(kernel.route, m) == path] for path in (Path.INT4, Path.FUSED)}
+        biased = kernel.bias is not None
+        yield from gpu.launches(w.n, w.k, w.group_size, kernel.dtype, rows, symmetric=w.zeros is None, bias=biased)
 
 
 @torch.inference_mode()
