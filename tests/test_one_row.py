@@ -1,8 +1,9 @@
-"""A dense product of one row without oneDNN."""
+"""A dense product of one row by other ways than oneDNN's of matrices."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ from tests.helpers import assert_close
 from twinweight import one_row
 from twinweight.engines.head import OutputHead
 from twinweight.engines.vllm.heads import chosen, quicken
+from twinweight.one_row import Product
 from twinweight.timing import Timing
 
 
+@pytest.mark.parametrize("product", one_row.PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_is_the_product_and_leaves_the_switch_alone(dtype: torch.dtype) -> None:
+def test_it_is_the_product_and_leaves_the_switch_alone(dtype: torch.dtype, product: Product) -> None:
     x, weight = torch.randn(1, 96).to(dtype), torch.randn(64, 96).to(dtype)
     for enabled in (True, False):
         with torch.backends.mkldnn.flags(enabled=enabled):
-            y = one_row.linear(x, weight)
+            y = product(x, weight)
             assert torch.backends.mkldnn.enabled is enabled
     assert_close(y, (x.double() @ weight.double().t()).to(dtype), max_err=1e-2)
 
@@ -34,7 +37,7 @@ def test_one_dnn_is_off_in_it_and_on_again_after_an_error(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(nn.functional, "linear", failing)
     with pytest.raises(RuntimeError, match="no"):
-        one_row.linear(torch.zeros(1, 8), torch.zeros(8, 8))
+        one_row.without_onednn(torch.zeros(1, 8), torch.zeros(8, 8))
     assert (seen, bool(torch.backends.mkldnn.enabled)) == ([False], True)
 
 
@@ -52,7 +55,8 @@ def test_threads_that_overlap_leave_the_switch_as_it_was(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nn.functional, "linear", slow)
     threads = [
-        threading.Thread(target=one_row.linear, args=(torch.zeros(1), torch.zeros(1)), name=n) for n in ("first", "last")
+        threading.Thread(target=one_row.without_onednn, args=(torch.zeros(1), torch.zeros(1)), name=n)
+        for n in ("first", "last")
     ]
     for thread in threads:
         thread.start()
@@ -71,19 +75,37 @@ def test_only_large_weights_of_16_bits_are_timed(monkeypatch: pytest.MonkeyPatch
         calls.append(x)
         return x
 
-    assert one_row.times(torch.zeros(64, 32, dtype=torch.bfloat16), other) is None
+    def timed(calls: dict[str, Callable[[], object]], **how: object) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        return {name: Timing(2.0, 2.0, 2.0) if name == "other" else Timing(1.0, 1.0, 1.0) for name in calls}
+
+    monkeypatch.setattr(one_row, "interleaved", timed)
+    assert one_row.faster(torch.zeros(64, 32, dtype=torch.bfloat16), other) is None
     monkeypatch.setattr(one_row, "LARGE", 1)
-    assert one_row.times(torch.zeros(64, 32), other) is None
+    assert one_row.faster(torch.zeros(64, 32), other) is None
     assert not calls
     weight = torch.randn(64, 32).bfloat16()
-    assert one_row.times(weight, lambda x: other(x) @ weight.t()) is not None
+    assert one_row.faster(weight, lambda x: other(x) @ weight.t()) is not None
     assert {tuple(x.shape) for x in calls} == {(1, 32)}
-    assert one_row.times(weight, lambda x: x @ weight.flip(0).t()) is None
+    assert one_row.faster(weight, lambda x: x @ weight.flip(0).t()) is None
 
 
-@pytest.mark.parametrize(("ours", "other", "expected"), [((1.0, 0.9), (2.0, 1.9), True), ((1.0, 0.5), (1.1, 1.01), False)])
-def test_noise_does_not_choose(ours: tuple[float, float], other: tuple[float, float], expected: bool) -> None:
-    assert one_row.wins(Timing(*ours, 3.0), Timing(*other, 3.0)) is expected
+@pytest.mark.parametrize(
+    ("without", "vector", "other", "expected"),
+    [
+        ((1.0, 0.9), (1.5, 1.4), (2.0, 1.9), 0),
+        ((1.8, 1.0), (1.5, 1.4), (2.0, 1.9), 1),
+        ((1.0, 0.5), (3.0, 3.0), (1.1, 1.01), None),
+    ],
+)
+def test_the_fastest_is_chosen_and_never_by_noise(
+    without: tuple[float, float], vector: tuple[float, float], other: tuple[float, float], expected: int | None
+) -> None:
+    times = {"without_onednn": Timing(*without, 4.0), "as_vector": Timing(*vector, 4.0), "other": Timing(*other, 4.0)}
+    found = one_row.chosen(one_row.PRODUCTS, times)
+    assert (found and found.product) == (None if expected is None else one_row.PRODUCTS[expected])
+    assert one_row.chosen([], times) is None
 
 
 class Head:
@@ -101,15 +123,14 @@ class Head:
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_head_takes_a_single_row_alone_where_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = (Timing(1.0, 1.0, 1.0), Timing(2.0, 2.0, 2.0))
-    monkeypatch.setattr(one_row, "times", lambda weight, other: timed if faster else timed[::-1])
     alone: list[int] = []
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def product(x: Tensor, weight: Tensor) -> Tensor:
         alone.append(len(x))
         return nn.functional.linear(x, weight)
 
-    monkeypatch.setattr(one_row, "linear", linear)
+    times = one_row.Faster(product, Timing(1.0, 1.0, 1.0), Timing(2.0, 2.0, 2.0))
+    monkeypatch.setattr(one_row, "faster", lambda weight, other: times if faster else None)
     head, ours = Head(), OutputHead(32, 64, bias=False).bfloat16()
     quicken([head])
     first = head.cpu_linear
