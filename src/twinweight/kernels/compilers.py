@@ -55,11 +55,8 @@ class Compilers:
         self._sent: set[Job] = set()
 
     def start(self) -> None:
-        """Start them, for they take seconds to import what they need."""
-        try:
-            self._started()
-        except OSError as error:
-            log.info("kernels are not compiled ahead: %s", error)
+        """Start them, for they take seconds to import what they need. Raises OSError where that cannot be."""
+        self._started()
 
     def add(self, calls: Iterable[Callable[[], object]]) -> None:
         """Begin to compile the kernels that these calls launch, on the current GPU; none is run, and nothing is waited for."""

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ CACHE = ROOT / "build" / "vllm-cache"
 TOKENS = 12
 CROSSOVER = 16  # given, not measured: which path ran must not depend on the machine
 ON = json.dumps({"twinweight": {"mode": "soft", "crossover": CROSSOVER}})
+SIZES = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 4}
+"""Of every server, as arguments of LLM."""
 CLEAR = 0.25
 """A lead that no rounding of bf16 turns; where it is less, runs may part."""
 
@@ -121,15 +124,18 @@ def attempt(job: Job) -> dict[str, Any]:
     """The result of a job, which may be an error."""
     llm = {
         "model": job.model,
-        "max_model_len": 1024,
-        "max_num_batched_tokens": 256,
-        "max_num_seqs": 4,
+        **SIZES,
         "enforce_eager": job.eager,
         "additional_config": json.loads(job.additional),
         **json.loads(job.more),
     }
     given = {"llm": llm, "tokens": TOKENS, "prompts": job.prompts, "reload": job.reload, "adapter": job.adapter}
     return host(job.environ, job.within).run({**given, "batches": [[0], list(range(len(job.prompts)))]})
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments of LLM, as `vllm serve` takes them."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
 
 
 def result(job: Job) -> dict[str, Any]:
@@ -160,3 +166,14 @@ def assert_same_tokens(off: Job, on: Job, batches: int = 2, least: float = 0.5) 
             assert ids[:clear] == others[:clear], (batch, ids, others, leads)
             compared, total = compared + clear, total + len(ids)
     assert compared >= least * total, (compared, total)
+
+
+def assert_ranks_alike(job: Job) -> None:
+    """Two ranks of the short model have the same plan and routes, twins that are exact, and took the same paths."""
+    ranks = result(job)["reports"][0]
+    assert len(ranks) == 2
+    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
+    assert ranks[0]["routes"] == ranks[1]["routes"]
+    assert len(ranks[0]["inner"]) == 4 * models.SHORT
+    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
+    assert calls(job, 2, rank=0) == calls(job, 2, rank=1)

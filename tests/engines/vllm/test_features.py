@@ -10,7 +10,19 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import COMPILING, ON, RAY, TOKENS, Job, assert_same_tokens, attempt, calls, needs_kernel, result
+from tests.engines.vllm.jobs import (
+    COMPILING,
+    ON,
+    RAY,
+    TOKENS,
+    Job,
+    assert_ranks_alike,
+    assert_same_tokens,
+    attempt,
+    calls,
+    needs_kernel,
+    result,
+)
 from tests.engines.vllm.models import PROMPTS, SHORT, adapter, int4_head, latent, linears, short, short_w8, without_int4
 
 pytestmark = needs_kernel
@@ -129,10 +141,4 @@ def test_ray_workers_measure_and_plan_alike() -> None:
     more = '{"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}'
     job = Job(short(group_size=64), '{"twinweight": {"mode": "soft"}}', more=more, environ=RAY)
     assert_same_tokens(OFF_RUN, job)
-    ranks = result(job)["reports"][0]
-    assert len(ranks) == 2
-    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
-    assert ranks[0]["routes"] == ranks[1]["routes"]
-    assert len(ranks[0]["inner"]) == 4 * SHORT
-    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
-    assert calls(job, 2, rank=0) == calls(job, 2, rank=1)
+    assert_ranks_alike(job)

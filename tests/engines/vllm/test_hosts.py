@@ -18,8 +18,20 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import RAY, ROOT, Environ, Job, assert_same_tokens, calls, environment, host, needs_kernel, result
-from tests.engines.vllm.models import SHORT, short
+from tests.engines.vllm.jobs import (
+    RAY,
+    ROOT,
+    SIZES,
+    Environ,
+    Job,
+    assert_ranks_alike,
+    assert_same_tokens,
+    environment,
+    flags,
+    host,
+    needs_kernel,
+)
+from tests.engines.vllm.models import short
 
 pytestmark = needs_kernel
 
@@ -82,11 +94,10 @@ def network() -> Iterator[None]:
 def job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
     """Job of the first host, while the second runs its rank; without that the first does not wait."""
     found = Job(MODEL, json.dumps(ON), more=json.dumps(MORE | {"node_rank": 0}), environ=environ_of(0), within=within(0))
-    options = {**MORE, "node_rank": 1, "max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 4, "seed": 0}
     command = [
         *within(1), sys.executable, "-c", HEADLESS, "--model", MODEL, "--headless", "--api-server-count=1", "--enforce-eager",
         "--skip-tokenizer-init", "--no-enable-prefix-caching", "--disable-log-stats", "--additional-config", found.additional,
-        *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()),
+        *flags({**MORE, **SIZES, "node_rank": 1, "seed": 0}),
     ]  # fmt: skip
     log = tmp_path_factory.mktemp("hosts") / "log"
     with log.open("w") as out:
@@ -134,17 +145,7 @@ def ray_job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.parametrize("by", ["job", "ray_job"])
-def test_ranks_on_two_hosts_measure_and_plan_alike(by: str, request: pytest.FixtureRequest) -> None:
-    ranks = result(request.getfixturevalue(by))["reports"][0]
-    assert len(ranks) == 2
-    assert list(ranks[0]["twins"]) == list(ranks[1]["twins"])
-    assert ranks[0]["routes"] == ranks[1]["routes"]
-    assert len(ranks[0]["inner"]) == 4 * SHORT
-    assert all(twin["exact"] for rank in ranks for twin in rank["twins"].values())
-
-
-@pytest.mark.parametrize("by", ["job", "ray_job"])
-def test_tokens_are_those_of_one_host_without_twins(by: str, request: pytest.FixtureRequest) -> None:
+def test_ranks_on_two_hosts_plan_alike_and_give_the_tokens_of_one(by: str, request: pytest.FixtureRequest) -> None:
     job = request.getfixturevalue(by)
+    assert_ranks_alike(job)
     assert_same_tokens(Job(short()), job)
-    assert calls(job, 2, rank=0) == calls(job, 2, rank=1)

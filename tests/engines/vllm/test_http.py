@@ -19,7 +19,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
-from tests.engines.vllm.jobs import CLEAR, ON, ROOT, Job, environment, needs_kernel, result
+from tests.engines.vllm.jobs import CLEAR, ON, ROOT, SIZES, Job, environment, flags, needs_kernel, result
 from tests.engines.vllm.models import PROMPTS, linears, short
 from twinweight.engines.vllm.metrics import INTERVAL
 from twinweight.workload import from_metrics
@@ -64,8 +64,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", "model", "--host",
-        "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "1024", "--max-num-batched-tokens", "256",
-        "--max-num-seqs", "4", "--skip-tokenizer-init", "--no-enable-prefix-caching", "--additional-config", ON,
+        "127.0.0.1", "--port", str(port), "--enforce-eager", *flags(SIZES),
+        "--skip-tokenizer-init", "--no-enable-prefix-caching", "--additional-config", ON,
     ]  # fmt: skip
     environ = environment((("VLLM_SERVER_DEV_MODE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "1")))
     with log.open("w") as out, subprocess.Popen(command, env=environ, cwd=ROOT, stdout=out, stderr=out) as process:
