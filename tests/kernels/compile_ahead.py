@@ -24,20 +24,13 @@ from twinweight.paths import Path as Way
 META = torch.device("meta")
 
 
-class Target(compilers._Target):
-    """What a launch asks a driver besides."""
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def kernels() -> dict[str, int]:
     return {str(f): f.stat().st_mtime_ns for f in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin")}
 
 
 def main() -> None:
     target, traits = TARGETS["sm_90"]
-    driver.set_active(Target(target.backend, target.arch, target.warp_size))  # type: ignore[arg-type]
+    driver.set_active(compilers._Target(target.backend, target.arch, target.warp_size))  # type: ignore[arg-type]
     fused.traits_of = lambda device: traits  # type: ignore[assignment]
     weight = gpu.empty(4096, 4096, 128, torch.bfloat16, META, symmetric=True)
 

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import IO, Any
 
+import torch
+
 from twinweight.kernels.device import has_gluon
 from twinweight.kernels.launch import only_compiling
 
@@ -91,16 +93,22 @@ class Compilers:
     def _started(self) -> IO[str]:
         """Where jobs go."""
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )  # fmt: skip
+            self._process = spawn(__name__, stdin=subprocess.PIPE)
             assert self._process.stdin is not None
             if hasattr(fcntl, "F_SETPIPE_SZ"):
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
         assert self._process.stdin is not None
         return self._process.stdin
+
+
+def spawn(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
+    """A process that runs a module, silently. Raises OSError where that cannot be."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments], stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        text=True, env=environment,
+    )  # fmt: skip
 
 
 def launched(calls: Iterable[Callable[[], object]]) -> list[Job]:
@@ -134,6 +142,14 @@ def _hooked(see: Callable[..., bool]) -> Iterator[None]:
         knobs.runtime.jit_cache_hook = before
 
 
+def leave_closed(device: torch.device) -> None:
+    """From here on this process compiles for an NVIDIA GPU and never opens it: Triton's own driver takes 0.5 GiB there."""
+    from triton.runtime.driver import driver
+
+    p = torch.cuda.get_device_properties(device)
+    driver.set_active(_Target("cuda", p.major * 10 + p.minor, p.warp_size))
+
+
 class _Target:
     """In place of Triton's driver: a GPU that kernels are compiled for, and that need not be there."""
 
@@ -147,6 +163,9 @@ class _Target:
 
     def get_current_target(self) -> Any:
         return self._target
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def _compile(line: str) -> None:

@@ -15,7 +15,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
 from tests.engines.test_vllm_measure import layer
-from twinweight.engines.vllm import ahead, compat, measure
+from twinweight.engines.vllm import ahead, compat, early, measure
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel
 
@@ -61,7 +61,14 @@ def made(worker: Any, *kernels: Any, config: Config | None = None) -> list[set[i
 
 @pytest.mark.parametrize(
     ("changed", "started"),
-    [({}, 1), ({"rank": 1}, 0), ({"cuda": False}, 0), ({"config": Config("soft", crossover=9)}, 0), ({"kept": True}, 0)],
+    [
+        ({}, 1),
+        ({"rank": 1}, 0),
+        ({"cuda": False}, 0),
+        ({"config": Config("soft", crossover=9)}, 0),
+        ({"kept": True}, 0),
+        ({"begun": True}, 0),
+    ],
     ids=str,
 )
 def test_processes_start_before_a_device_is_opened_where_nothing_was_ever_timed(
@@ -69,6 +76,7 @@ def test_processes_start_before_a_device_is_opened_where_nothing_was_ever_timed(
 ) -> None:
     monkeypatch.setenv("TWINWEIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr("torch.cuda.is_available", lambda: changed.get("cuda", True))
+    monkeypatch.setattr(early, "has_begun", lambda: "begun" in changed)
     if "kept" in changed:
         (tmp_path / "one.json").touch()
     found: list[int] = []
@@ -87,8 +95,11 @@ def test_nothing_where_there_will_be_no_copy(worker: Any) -> None:
     assert made(worker, coming(512, bits=8)) == [set()]
 
 
-@pytest.mark.parametrize("other", ["rank", "given", "cpu"])
-def test_nothing_where_nothing_is_timed(other: str, worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", ["rank", "given", "cpu", "begun"])
+def test_nothing_where_nothing_is_timed_or_a_front_end_has_begun(
+    other: str, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(early, "has_begun", lambda: other == "begun")
     if other == "rank":
         monkeypatch.setattr(compat, "rank", lambda: 1)
     if other == "cpu":

@@ -2,11 +2,14 @@
 
 `config` reads the settings, `compat` is all that reaches into vLLM, `kernel` wraps the kernel vLLM would choose, `op` picks a
 path at run time, `build` makes twins and `own` copies, `spare` frees what they replace, `measure` times each kind of layers
-(`kinds`), for which `ahead` compiles early, `offers` is what the planner gets of that, `weight_only` says what may have a twin,
-`life` follows one worker from load to reload, `metrics` shows what it does. `bench` compares off and on.
+(`kinds`), for which `early` compiles before any is made and `ahead` from then on, `offers` is what the planner gets of that,
+`weight_only` says what may have a twin, `life` follows one worker from load to reload, `metrics` shows what it does. `bench`
+compares off and on.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def register() -> None:
@@ -21,6 +24,7 @@ def register() -> None:
 
     given = from_environment(os.environ)
     if compat.known():
+        compat.on_arguments(_begin)
         compat.on_init_device(_start)
         compat.on_metrics(_show)
         return
@@ -29,6 +33,22 @@ def register() -> None:
     except (ImportError, AttributeError):
         if given.get("mode", "off") != "off":
             compat.warn_unknown()
+
+
+def _begin(arguments: Any) -> None:
+    """In a front end, before it inspects the model. A wrong setting stops the start later, in every process alike."""
+    import os
+    from contextlib import suppress
+
+    from twinweight.engines.vllm.config import resolve
+    from twinweight.errors import ConfigError
+
+    with suppress(ConfigError):
+        config = resolve(arguments.additional_config, os.environ)
+        if config.mode != "off":
+            from twinweight.engines.vllm import early
+
+            early.begin(arguments, config)
 
 
 def _start(worker: object, vllm_config: object) -> None:

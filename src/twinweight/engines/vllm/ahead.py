@@ -1,4 +1,6 @@
-"""While a server starts: compile what timing its kinds of layers will launch, in other processes."""
+"""While a server starts: compile what timing its kinds of layers will launch, in other processes. Where a front end has begun
+with it (`early`), wait for that.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from twinweight import cache
-from twinweight.engines.vllm import compat, measure
+from twinweight.engines.vllm import compat, early, measure
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel
 from twinweight.engines.vllm.kinds import Kind, kind_of
@@ -36,11 +38,9 @@ class Coming:
 
 
 def begin(compilers: Compilers, worker: Any, config: Config) -> None:
-    """Start the processes before a device is opened, on a machine on which nothing was timed yet."""
+    """Start the processes before a device is opened, at a first start."""
     try:
-        store = cache.default()
-        known = store is not None and not store.is_empty()
-        if config.crossover is None and worker.rank == 0 and torch.cuda.is_available() and not known:
+        if worker.rank == 0 and torch.cuda.is_available() and early.is_first_start(config) and not early.has_begun():
             compilers.start()
     except Exception as error:  # it only saves time
         log.info("Twinweight: compilers start later: %s", error)
@@ -65,7 +65,7 @@ def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[Non
         except Exception as error:
             log.info("Twinweight: nothing is compiled for %d x %d while the model loads: %s", kernel.n, kernel.k, error)
 
-    if config.crossover is None and device.type != "cpu":
+    if config.crossover is None and device.type != "cpu" and not early.has_begun():
         TwinLinearKernel.on_made = made
     try:
         yield
@@ -76,5 +76,6 @@ def compiling(compilers: Compilers, worker: Any, config: Config) -> Iterator[Non
 def finish(compilers: Compilers) -> None:
     """Wait for what was begun."""
     began = time.perf_counter()
+    early.wait()
     compilers.finish()
     log.debug("Twinweight: waited for compilers for %.1f s", time.perf_counter() - began)

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ import psutil
 import torch
 
 from twinweight import reserves
+from twinweight.engines.vllm import hooks
 from twinweight.kv_cache import KVFloor
 from twinweight.memory import read_memory
 from twinweight.plan import Budget
@@ -46,6 +48,14 @@ def warn_unknown() -> None:
 # --- start-up ---
 
 
+def on_arguments(action: Callable[[Any], None]) -> None:
+    """Call action(engine arguments) before they become a configuration, for which a front end inspects the model. Other
+    processes have none.
+    """
+    if (module := sys.modules.get("vllm.engine.arg_utils")) is not None:
+        hooks.of_class(module.EngineArgs, "create_engine_config", before=action)
+
+
 def on_init_device(action: Callable[[Any, Any], None]) -> None:
     """Call action(worker, vllm_config) before a worker opens its device, in whatever process and under whatever executor.
 
@@ -53,17 +63,7 @@ def on_init_device(action: Callable[[Any, Any], None]) -> None:
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    original = WorkerWrapperBase.init_device
-    if hasattr(original, "twinweight"):
-        return
-
-    @functools.wraps(original)
-    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        action(self.worker, self.vllm_config)
-        return original(self, *args, **kwargs)
-
-    init_device.twinweight = True  # type: ignore[attr-defined]
-    WorkerWrapperBase.init_device = init_device
+    hooks.of_class(WorkerWrapperBase, "init_device", before=lambda wrapper: action(wrapper.worker, wrapper.vllm_config))
 
 
 def additional_config(vllm_config: Any) -> object:
@@ -93,28 +93,11 @@ def allows_twins(vllm_config: Any) -> bool:
     return not found
 
 
-def wrap(worker: Any, name: str, around: Callable[..., Any]) -> None:
-    """Replace a method of this one worker by around(method, *args); executors look methods up by name."""
-    method = getattr(worker, name, None)
-    if method is not None:
-        setattr(worker, name, functools.wraps(method)(functools.partial(around, method)))
-
-
 def on_metrics(action: Callable[[Any], None]) -> None:
     """Call action(vllm_config) where vLLM has registered its own Prometheus metrics: in front ends that keep statistics."""
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-    original = PrometheusStatLogger.__init__
-    if hasattr(original, "twinweight"):
-        return
-
-    @functools.wraps(original)
-    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        action(vllm_config)
-
-    init.twinweight = True  # type: ignore[attr-defined]
-    PrometheusStatLogger.__init__ = init
+    hooks.of_class(PrometheusStatLogger, "__init__", after=lambda self, vllm_config, *args, **kwargs: action(vllm_config))
 
 
 def show_metrics(collector: Any) -> None:

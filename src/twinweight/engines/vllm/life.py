@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twinweight import cache, twin
-from twinweight.engines.vllm import ahead, build, compat, heads, measure, metrics, own, ranks, spare, telling
+from twinweight.engines.vllm import ahead, build, compat, heads, hooks, measure, metrics, own, ranks, spare, telling
 from twinweight.engines.vllm.config import Config
 from twinweight.engines.vllm.kernel import TwinLinearKernel, kernels_of
 from twinweight.engines.vllm.kinds import Kind, kind_of, shape_of
@@ -67,7 +67,7 @@ class Life:
             "discard": self._discard,
             "wake_up": self._wake,
         }.items():
-            compat.wrap(self.worker, name, around)
+            hooks.of_object(self.worker, name, around)
         ahead.begin(self.compilers, self.worker, self.config)
         self.worker.twinweight_refresh = self.refresh
         self.worker.twinweight_report = self.report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from twinweight.engines.vllm import compat
+from twinweight.engines.vllm import compat, hooks
 from twinweight.engines.vllm.kernel import TwinLinearKernel
 from twinweight.paths import Path
 
@@ -43,7 +43,7 @@ def free(worker: Any, kernels: Iterable[TwinLinearKernel]) -> int:
     compat.charge(worker, compat.memory_in_use(worker) - before)
     if freed:
         for name in _WANT_WEIGHTS:
-            compat.wrap(worker, name, _refuse)
+            hooks.of_object(worker, name, _refuse)
     return freed
 
 

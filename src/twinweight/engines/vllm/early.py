@@ -1,0 +1,154 @@
+"""A server's first start on a machine: compile what timing will launch from the moment the model's name is known.
+
+A front end inspects the model before any worker makes a layer, for 10 s and more where nothing is cached. Run as a module this
+is the process that meanwhile reads the model's config.json and has its kernels compiled: workers find them in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from twinweight import cache
+from twinweight.checkpoint import read_json
+from twinweight.engines.vllm import own
+from twinweight.engines.vllm.config import Config
+from twinweight.kernels import compilers, gpu
+from twinweight.kernels.prepared import takes_group
+from twinweight.paths import Path as Way
+from twinweight.search import FULL
+from twinweight.sharding import shard
+
+log = logging.getLogger("vllm.twinweight")
+
+_BEGUN = "_TWINWEIGHT_BEGUN"
+"""A variable that processes of one server hand on, JSON: the host and number of the process that compiles, and a file that is
+there until it has.
+"""
+
+_NICENESS = 10
+_PATIENCE = 60.0  # seconds
+_DOWNLOAD = 30.0  # seconds, for config.json
+_DTYPES = {"half": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def is_first_start(config: Config) -> bool:
+    """Whether kernels will be timed, and nothing was timed on this machine before."""
+    store = cache.default()
+    return config.crossover is None and (store is None or store.is_empty())
+
+
+def begin(arguments: Any, config: Config) -> None:
+    """Start the process, given vLLM's engine arguments, at a first start on NVIDIA GPUs. Whatever fails only costs time.
+
+    Of other GPUs nobody here knows how to ask for their traits without taking memory of theirs.
+    """
+    try:
+        from vllm.platforms import current_platform
+
+        if _running() is None:
+            os.environ.pop(_BEGUN, None)  # an earlier server's of this process
+            if is_first_start(config) and current_platform.is_cuda():
+                handle, left = tempfile.mkstemp(prefix="twinweight-")
+                os.close(handle)
+                process = compilers.spawn(__name__, json.dumps({**_asked(arguments), "left": left}))
+                os.environ[_BEGUN] = json.dumps([platform.node(), process.pid, left])
+    except Exception as error:
+        log.info("Twinweight: kernels are not compiled early: %s", error)
+
+
+def has_begun() -> bool:
+    """Whether a process of this server, on this host, compiles or has compiled."""
+    begun = _begun()
+    return begun is not None and (not Path(begun[1]).exists() or _running() is not None)
+
+
+def wait() -> None:
+    """Until it has ended."""
+    if (process := _running()) is not None:
+        with contextlib.suppress(psutil.Error):
+            process.wait(_PATIENCE)
+
+
+def _begun() -> tuple[int, str] | None:
+    """Number and file of the process, where it is one of this host."""
+    with contextlib.suppress(ValueError):
+        host, pid, left = json.loads(os.environ.get(_BEGUN, "[]"))
+        return (pid, left) if host == platform.node() else None
+    return None
+
+
+def _running() -> psutil.Process | None:
+    if (begun := _begun()) is not None:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(begun[0])
+            return process if __name__ in process.cmdline() else None  # a zombie has no command line
+    return None
+
+
+def _asked(arguments: Any) -> dict[str, Any]:
+    """What engine arguments say of a model. tokens: of a step, None where vLLM chooses."""
+    return {
+        "model": arguments.hf_config_path or arguments.model, "revision": arguments.revision, "dtype": str(arguments.dtype),
+        "tp": arguments.tensor_parallel_size, "tokens": arguments.max_num_batched_tokens,
+    }  # fmt: skip
+
+
+def launches(config: Mapping[str, Any], dtype: str, tp: int, tokens: int | None) -> Iterator[Callable[[], object]]:
+    """Calls that launch what timing one rank's layers will, those of an own copy, for the model of a config.json. dtype: as
+    vLLM takes it. Nothing for a model whose weights are not quantized.
+    """
+    text = {**config, **config.get("text_config", {})}
+    if "quantization_config" not in text:
+        return
+    asked = str(text.get("dtype") or text.get("torch_dtype")) if dtype == "auto" else dtype
+    kinds = dict.fromkeys(shard(config, tp).weights.values())
+    for kind in kinds:
+        if not kind.act_order and takes_group(kind.k, kind.group_size):
+            rows = dict.fromkeys((Way.INT4, Way.FUSED), own.sizes(tokens or FULL))
+            yield from gpu.launches(
+                kind.n, kind.k, kind.group_size, _DTYPES.get(asked, torch.bfloat16), rows, symmetric=kind.symmetric
+            )  # fmt: skip
+
+
+def _config_json(model: str, revision: str | None) -> Path:
+    """Where a model's config.json is on this machine, to which the front end may be about to bring it."""
+    if Path(model).is_dir():
+        return Path(model) / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+
+    for _ in range(round(_DOWNLOAD)):
+        if isinstance(found := try_to_load_from_cache(model, "config.json", revision=revision), str):
+            return Path(found)
+        time.sleep(1)
+    raise FileNotFoundError(f"config.json of {model}")
+
+
+def main(model: str, revision: str | None, left: str, **asked: Any) -> None:
+    """Compile, wait for it, and remove the file. Leaves it where nothing can be compiled."""
+    os.nice(_NICENESS)
+    ahead = compilers.Compilers()
+    ahead.start()
+    try:
+        compilers.leave_closed(torch.device("cuda", 0))  # a worker is about to look how much of its memory is free
+        calls = list(launches(read_json(_config_json(model, revision)), **asked))
+        ahead.add(calls)
+    finally:
+        ahead.finish()
+    Path(left).unlink()
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
