@@ -124,7 +124,12 @@ def ray_job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     given, log = (*environ_of(0), *RAY, ("RAY_ADDRESS", address)), tmp_path_factory.mktemp("ray") / "log"
     found = Job(MODEL, json.dumps(ON), more=json.dumps(more), environ=given, within=within(0, memory=False))
     # Paths of sockets are short, and where Ray keeps them by default other tests would find this cluster.
-    with tempfile.TemporaryDirectory(prefix="ray") as temporary, log.open("w") as out, ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(prefix="ray") as temporary,
+        log.open("w") as out,
+        ExitStack() as waits,
+        ExitStack() as ends,
+    ):
         first = ["--head", "--port=6379", "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temporary}"]
         for which, options in enumerate((first, [f"--address={address}"])):
             command = [
@@ -133,8 +138,8 @@ def ray_job(network: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             ]  # fmt: skip
             environ = environment((*environ_of(which), *RAY))
             process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=out, stderr=out)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
+            waits.callback(process.wait)
+            ends.callback(process.terminate)  # all of them first: each takes six seconds to end
             status = [*found.within, ray, "status", f"--address={address}"]
             for _ in range(30):
                 done = subprocess.run(status, capture_output=True, text=True, env=environ, check=False)
