@@ -14,6 +14,8 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM (make test-vllm)", allow_module_level=True)
 
+from vllm.engine.arg_utils import EngineArgs
+
 from tests.engines.test_vllm_measure import layer
 from twinweight.engines.vllm import ahead, compat, early, measure
 from twinweight.engines.vllm.config import Config
@@ -121,3 +123,19 @@ def test_the_wait_is_in_the_debug_log(caplog: pytest.LogCaptureFixture) -> None:
         ahead.finish(compilers)
     assert compilers.added == []
     assert "waited for compilers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"), [({"mode": "soft"}, 1), ({"mode": "off"}, 0), ({}, 0), ({"mode": "all"}, 0)], ids=str
+)
+def test_a_front_end_tells_before_it_inspects_the_model(
+    settings: dict[str, str], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[dict[str, Any], Config]] = []
+    monkeypatch.setattr(early, "begin", lambda arguments, config: seen.append((early._asked(arguments), config)))
+    (tmp_path / "config.json").write_text('{"model_type": "unheard of"}')
+    model = str(tmp_path)
+    with pytest.raises(ValueError, match="unheard of"):
+        EngineArgs(model=model, additional_config={"twinweight": settings}).create_engine_config()
+    asked = {"model": model, "revision": None, "dtype": "auto", "tp": 1, "tokens": None}
+    assert seen == [(asked, Config("soft"))] * times
