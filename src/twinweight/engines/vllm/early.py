@@ -40,7 +40,7 @@ there until it has.
 
 _NICENESS = 10
 _PATIENCE = 60.0  # seconds
-_DOWNLOAD = 30.0  # seconds, for config.json
+_DOWNLOAD = 15  # seconds that config.json is waited for: vLLM fetches it first, and inspects the model for as long
 _DTYPES = {"half": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -129,7 +129,7 @@ def _config_json(model: str, revision: str | None) -> Path:
         return Path(model) / "config.json"
     from huggingface_hub import try_to_load_from_cache
 
-    for _ in range(round(_DOWNLOAD)):
+    for _ in range(_DOWNLOAD):
         if isinstance(found := try_to_load_from_cache(model, "config.json", revision=revision), str):
             return Path(found)
         time.sleep(1)
