@@ -6,6 +6,7 @@ is the process that meanwhile reads the model's config.json and has its kernels 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -63,6 +64,7 @@ def begin(arguments: Any, config: Config) -> None:
             if is_first_start(config) and current_platform.is_cuda():
                 handle, left = tempfile.mkstemp(prefix="twinweight-")
                 os.close(handle)
+                atexit.register(Path(left).unlink, missing_ok=True)
                 process = compilers.spawn(__name__, json.dumps({**_asked(arguments), "left": left}))
                 os.environ[_BEGUN] = json.dumps([platform.node(), process.pid, left])
     except Exception as error:
