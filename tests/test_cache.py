@@ -44,6 +44,18 @@ def test_other_versions_and_devices_measure_anew(store: Cache, what: str, monkey
     assert len(list(store.records())) == 1
 
 
+def test_a_mark_holds_for_what_was_done_with_these_versions(store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = store.mark(model="a", tp=1)
+    assert store.mark(tp=1, model="a") == mark
+    assert store.mark(model="a", tp=2) != mark
+    store.write(SHAPE, CPU, TIMES)
+    mark.touch()
+    assert len(list(store.records())) == 1
+    real = cache._versions()
+    monkeypatch.setattr(cache, "_versions", lambda: {**real, "torch": "9.9"})
+    assert store.mark(model="a", tp=1) != mark
+
+
 def test_threads_count(store: Cache) -> None:
     store.write(SHAPE, CPU, TIMES)
     before = torch.get_num_threads()

@@ -112,6 +112,10 @@ class Cache:
             if part is not None:
                 part.unlink(missing_ok=True)
 
+    def mark(self, **what: object) -> Path:
+        """The file that says that something was done with these versions; whoever does it makes the file."""
+        return self.directory / f"done-{_digest({**what, 'versions': _versions()})}"
+
     def records(self) -> Iterator[Record]:
         """Every measurement there is, of all devices and versions, the newest first."""
         try:
@@ -124,8 +128,11 @@ class Cache:
                 yield record
 
     def _file(self, key: Mapping[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-        return self.directory / f"{key['shape']['n']}x{key['shape']['k']}-{digest}.json"
+        return self.directory / f"{key['shape']['n']}x{key['shape']['k']}-{_digest(key)}.json"
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _parse(file: Path) -> Record | None:

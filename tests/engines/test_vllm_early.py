@@ -68,13 +68,14 @@ def test_nothing_where_there_will_be_no_copy(other: str) -> None:
 class Begun:
     """What `early.begin` starts."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cuda: bool = True) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path, *, cuda: bool = True) -> None:
         self.asked: list[dict[str, Any]] = []
         self.processes: list[subprocess.Popen[str]] = []
         monkeypatch.delenv(early._BEGUN, raising=False)
-        monkeypatch.setenv("TWINWEIGHT_CACHE", "off")
+        monkeypatch.setenv("TWINWEIGHT_CACHE", str(directory))
         monkeypatch.setattr(compilers, "spawn", self.spawn)
-        platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: cuda))
+        platform_ = SimpleNamespace(is_cuda=lambda: cuda, get_device_name=lambda: "H200")
+        platforms = SimpleNamespace(current_platform=platform_)
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))  # type: ignore[arg-type]
         monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)  # type: ignore[arg-type]
 
@@ -88,11 +89,10 @@ class Begun:
         return process
 
     def end(self, *, compiled: bool = True) -> None:
-        for process, asked in zip(self.processes, self.asked, strict=True):
-            process.kill()
-            process.wait()
-            if compiled:
-                Path(asked["left"]).unlink(missing_ok=True)
+        self.processes[-1].kill()
+        self.processes[-1].wait()
+        if compiled:
+            Path(self.asked[-1]["done"]).touch()
 
 
 def arguments(**given: Any) -> Any:
@@ -103,8 +103,8 @@ def arguments(**given: Any) -> Any:
     })  # fmt: skip
 
 
-def test_a_front_end_begins_once_for_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Begun(monkeypatch)
+def test_a_front_end_begins_once_for_a_server_and_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Begun(monkeypatch, tmp_path)
     assert not early.has_begun()
     early.begin(arguments(), Config("soft"))
     early.begin(arguments(), Config("soft"))
@@ -112,13 +112,18 @@ def test_a_front_end_begins_once_for_a_server(monkeypatch: pytest.MonkeyPatch) -
     assert begun.asked[0].items() >= {"model": "/m", "revision": None, "dtype": "auto", "tp": 2, "tokens": None}.items()
     assert early.has_begun()
     begun.end()
-    early.begin(arguments(hf_config_path="/c", max_num_batched_tokens=2048), Config("soft"))  # another server's
-    assert begun.asked[1] | {"model": "/c", "tokens": 2048} == begun.asked[1]
+    early.begin(arguments(), Config("soft"))  # a later start
+    assert len(begun.asked) == 1
+    assert not early.has_begun()
+    early.begin(arguments(hf_config_path="/c", max_num_batched_tokens=2048), Config("soft"))
+    assert begun.asked[1].items() >= {"model": "/c", "tokens": 2048}.items()
     begun.end()
 
 
-def test_workers_do_without_where_the_process_has_compiled_and_not_where_it_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Begun(monkeypatch)
+def test_workers_do_without_where_the_process_has_compiled_and_not_where_it_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Begun(monkeypatch, tmp_path)
     early.begin(arguments(), Config("soft"))
     begun.end(compiled=False)
     assert not early.has_begun()
@@ -129,28 +134,27 @@ def test_workers_do_without_where_the_process_has_compiled_and_not_where_it_coul
     assert not early.has_begun()
 
 
-@pytest.mark.parametrize("other", ["given", "timed", "platform"])
-def test_nothing_begins_where_nothing_is_timed(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Begun(monkeypatch, cuda=other != "platform")
-    if other == "timed":
-        monkeypatch.setenv("TWINWEIGHT_CACHE", str(tmp_path))
-        (tmp_path / "one.json").touch()
-    monkeypatch.setenv(early._BEGUN, json.dumps([platform.node(), 0, "/nowhere"]))  # of an earlier server
+@pytest.mark.parametrize("other", ["given", "off", "platform"])
+def test_nothing_begins_where_nothing_is_timed_or_kept(other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Begun(monkeypatch, tmp_path, cuda=other != "platform")
+    if other == "off":
+        monkeypatch.setenv("TWINWEIGHT_CACHE", "off")
+    monkeypatch.setenv(early._BEGUN, json.dumps([platform.node(), 0, str(tmp_path)]))  # of an earlier server
+    assert early.has_begun()
     early.begin(arguments(), Config("soft", crossover=9 if other == "given" else None))
     assert begun.asked == []
     assert not early.has_begun()
 
 
 def test_what_fails_stops_no_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Begun(monkeypatch)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    Begun(monkeypatch, tmp_path)
     monkeypatch.setattr(compilers, "spawn", lambda *args: 1 // 0)
     early.begin(arguments(), Config("soft"))
     assert not early.has_begun()
 
 
-def test_a_worker_waits_for_the_process_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = Begun(monkeypatch)
+def test_a_worker_waits_for_the_process_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = Begun(monkeypatch, tmp_path)
     early.begin(arguments(), Config("soft"))
     monkeypatch.setattr(early, "_PATIENCE", 0.3)
     began = time.perf_counter()
@@ -165,20 +169,18 @@ def test_a_worker_waits_for_the_process_and_no_other(monkeypatch: pytest.MonkeyP
     assert time.perf_counter() - began < 15
 
 
-def test_what_cannot_be_compiled_for_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_says_that_all_was_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compilers, "leave_closed", lambda device: None)
     monkeypatch.setattr(os, "nice", lambda by: None)
-    left = tmp_path / "left"
-    asked = {"model": str(tmp_path), "revision": None, "left": str(left), "dtype": "auto", "tp": 1, "tokens": 2048}
-    left.touch()
-    (tmp_path / "config.json").write_text("{}")  # of no quantized model: there is nothing to compile
-    early.main(**asked)
-    assert not left.exists()
-    left.touch()
+    done = tmp_path / "cache/done"
+    asked: dict[str, Any] = {"model": str(tmp_path), "revision": None, "done": str(done), "dtype": "auto", "tokens": 2048}
     (tmp_path / "config.json").write_text(json.dumps(config()))
     with pytest.raises(TwinweightError, match="do not split"):
-        early.main(**{**asked, "tp": 3})
-    assert left.exists()
+        early.main(**asked, tp=3)
+    assert not done.exists()
+    (tmp_path / "config.json").write_text("{}")  # of no quantized model: there is nothing to compile
+    early.main(**asked, tp=1)
+    assert done.exists()
 
 
 def test_a_config_that_is_not_here_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,15 +198,14 @@ def test_the_process_compiles_and_takes_no_memory_of_the_gpu(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(config()))
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
-    left = tmp_path / "left"
-    left.touch()
-    asked = {"model": str(tmp_path), "revision": None, "left": str(left), "dtype": "auto", "tp": 1, "tokens": 2048}
+    done = tmp_path / "done"
+    asked = {"model": str(tmp_path), "revision": None, "done": str(done), "dtype": "auto", "tp": 1, "tokens": 2048}
     before = least = torch.cuda.mem_get_info()[0]
     process = subprocess.Popen([sys.executable, "-m", early.__name__, json.dumps(asked)], env=environment)
     while process.poll() is None:
         least = min(least, torch.cuda.mem_get_info()[0])
         time.sleep(0.02)
     assert process.returncode == 0
-    assert not left.exists()
+    assert done.exists()
     assert before - least < 64 << 20
     assert len(list(tmp_path.rglob("*.cubin"))) > 20

@@ -38,9 +38,12 @@ class Coming:
 
 
 def begin(compilers: Compilers, worker: Any, config: Config) -> None:
-    """Start the processes before a device is opened, at a first start."""
+    """Start the processes before a device is opened, on a machine on which nothing was timed yet."""
     try:
-        if worker.rank == 0 and torch.cuda.is_available() and early.is_first_start(config) and not early.has_begun():
+        store = cache.default()
+        known = store is not None and not store.is_empty()
+        mine = config.crossover is None and worker.rank == 0 and torch.cuda.is_available()
+        if mine and not known and not early.has_begun():
             compilers.start()
     except Exception as error:  # it only saves time
         log.info("Twinweight: compilers start later: %s", error)

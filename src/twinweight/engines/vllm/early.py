@@ -1,4 +1,4 @@
-"""A server's first start on a machine: compile what timing will launch from the moment the model's name is known.
+"""A model's first start on a machine: compile what timing will launch from the moment its name is known.
 
 A front end inspects the model before any worker makes a layer, for 10 s and more where nothing is cached. Run as a module this
 is the process that meanwhile reads the model's config.json and has its kernels compiled: workers find them in Triton's cache.
@@ -6,14 +6,12 @@ is the process that meanwhile reads the model's config.json and has its kernels 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import json
 import logging
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,8 +33,8 @@ from twinweight.sharding import shard
 log = logging.getLogger("vllm.twinweight")
 
 _BEGUN = "_TWINWEIGHT_BEGUN"
-"""A variable that processes of one server hand on, JSON: the host and number of the process that compiles, and a file that is
-there until it has.
+"""A variable that processes of one server hand on, JSON: the host and number of the process that compiles, and the file that is
+there once it has.
 """
 
 _NICENESS = 10
@@ -45,28 +43,25 @@ _DOWNLOAD = 15  # seconds that config.json is waited for: vLLM fetches it first,
 _DTYPES = {"half": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def is_first_start(config: Config) -> bool:
-    """Whether kernels will be timed, and nothing was timed on this machine before."""
-    store = cache.default()
-    return config.crossover is None and (store is None or store.is_empty())
-
-
 def begin(arguments: Any, config: Config) -> None:
-    """Start the process, given vLLM's engine arguments, at a first start on NVIDIA GPUs. Whatever fails only costs time.
+    """Start the process, given vLLM's engine arguments, where kernels will be timed on NVIDIA GPUs and it never ran for such a
+    server. Whatever fails only costs time.
 
     Of other GPUs nobody here knows how to ask for their traits without taking memory of theirs.
     """
     try:
         from vllm.platforms import current_platform
 
-        if _running() is None:
-            os.environ.pop(_BEGUN, None)  # an earlier server's of this process
-            if is_first_start(config) and current_platform.is_cuda():
-                handle, left = tempfile.mkstemp(prefix="twinweight-")
-                os.close(handle)
-                atexit.register(Path(left).unlink, missing_ok=True)
-                process = compilers.spawn(__name__, json.dumps({**_asked(arguments), "left": left}))
-                os.environ[_BEGUN] = json.dumps([platform.node(), process.pid, left])
+        if _running() is not None:
+            return
+        os.environ.pop(_BEGUN, None)  # an earlier server's of this process
+        store = cache.default()
+        if store is not None and config.crossover is None and current_platform.is_cuda():
+            asked = _asked(arguments)
+            done = store.mark(**asked, device=current_platform.get_device_name())
+            if not done.exists():
+                process = compilers.spawn(__name__, json.dumps({**asked, "done": str(done)}))
+                os.environ[_BEGUN] = json.dumps([platform.node(), process.pid, str(done)])
     except Exception as error:
         log.info("Twinweight: kernels are not compiled early: %s", error)
 
@@ -74,7 +69,7 @@ def begin(arguments: Any, config: Config) -> None:
 def has_begun() -> bool:
     """Whether a process of this server, on this host, compiles or has compiled."""
     begun = _begun()
-    return begun is not None and (not Path(begun[1]).exists() or _running() is not None)
+    return begun is not None and (Path(begun[1]).exists() or _running() is not None)
 
 
 def wait() -> None:
@@ -87,8 +82,8 @@ def wait() -> None:
 def _begun() -> tuple[int, str] | None:
     """Number and file of the process, where it is one of this host."""
     with contextlib.suppress(ValueError):
-        host, pid, left = json.loads(os.environ.get(_BEGUN, "[]"))
-        return (pid, left) if host == platform.node() else None
+        host, pid, done = json.loads(os.environ.get(_BEGUN, "[]"))
+        return (pid, done) if host == platform.node() else None
     return None
 
 
@@ -138,8 +133,8 @@ def _config_json(model: str, revision: str | None) -> Path:
     raise FileNotFoundError(f"config.json of {model}")
 
 
-def main(model: str, revision: str | None, left: str, **asked: Any) -> None:
-    """Compile, wait for it, and remove the file. Leaves it where nothing can be compiled."""
+def main(model: str, revision: str | None, done: str, **asked: Any) -> None:
+    """Compile, wait for it, and make the file. Raises where it cannot be, and makes none."""
     os.nice(_NICENESS)
     ahead = compilers.Compilers()
     ahead.start()
@@ -149,7 +144,8 @@ def main(model: str, revision: str | None, left: str, **asked: Any) -> None:
         ahead.add(calls)
     finally:
         ahead.finish()
-    Path(left).unlink()
+    Path(done).parent.mkdir(parents=True, exist_ok=True)
+    Path(done).touch()
 
 
 if __name__ == "__main__":
