@@ -146,9 +146,9 @@ def test_times_of_layers_that_caches_may_hold_are_for_as_few_alone(tmp_path: Pat
     monkeypatch.setattr(compat, "version", lambda: "0.0")
     monkeypatch.setattr(measure, "measure", lambda layers, *args: asked.append(len(layers[0])) or [TIMES])
     kind = Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
-    for layers in (2, 2, 3, 6, 9, 2):  # calls rotate over six of such layers on a CPU
+    for layers in (2, 2, 3, 32, 40, 2):  # calls rotate over 32 of such layers on a CPU
         measure.known_or_measured({kind: [layer("cpu")] * layers}, lambda kernel: [], store)
-    assert asked == [2, 3, 6]
+    assert asked == [2, 3, 32]
 
 
 class Kept:
