@@ -24,9 +24,8 @@ from twinweight import cache
 from twinweight.checkpoint import read_json
 from twinweight.engines.vllm import own
 from twinweight.engines.vllm.config import Config
-from twinweight.kernels import compilers, gpu
+from twinweight.kernels import compilers
 from twinweight.kernels.prepared import takes_group
-from twinweight.paths import Path as Way
 from twinweight.search import FULL
 from twinweight.sharding import shard
 
@@ -111,13 +110,10 @@ def launches(config: Mapping[str, Any], dtype: str, tp: int, tokens: int | None)
     if "quantization_config" not in text:
         return
     asked = str(text.get("dtype") or text.get("torch_dtype")) if dtype == "auto" else dtype
-    kinds = dict.fromkeys(shard(config, tp).weights.values())
-    for kind in kinds:
+    torch_dtype = _DTYPES.get(asked, torch.bfloat16)
+    for kind in dict.fromkeys(shard(config, tp).weights.values()):
         if not kind.act_order and takes_group(kind.k, kind.group_size):
-            rows = dict.fromkeys((Way.INT4, Way.FUSED), own.sizes(tokens or FULL))
-            yield from gpu.launches(
-                kind.n, kind.k, kind.group_size, _DTYPES.get(asked, torch.bfloat16), rows, symmetric=kind.symmetric
-            )  # fmt: skip
+            yield from own.launches(kind.n, kind.k, kind.group_size, torch_dtype, tokens or FULL, symmetric=kind.symmetric)
 
 
 def _config_json(model: str, revision: str | None) -> Path:

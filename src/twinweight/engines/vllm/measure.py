@@ -21,11 +21,9 @@ from twinweight.engines.vllm.layout import slice_of
 from twinweight.engines.vllm.offers import INT4, OWN, forms_of
 from twinweight.engines.vllm.wrapped import Wrapped
 from twinweight.graphs import Graphs, Wrap
-from twinweight.kernels import gpu
 from twinweight.kernels.launch import compile_together
 from twinweight.measured import Measured
 from twinweight.memory import is_out_of_memory, read_memory
-from twinweight.paths import Path
 from twinweight.search import FULL, Search, grid, load_together
 from twinweight.timing import in_turn
 
@@ -122,10 +120,10 @@ def _rotated(kernel: Wrapped) -> int:
 
 
 def launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
-    """Calls, on tensors without data, that launch all kernels of ours a layer may ever need; `stream` has one for all rows."""
-    shape = shape_of(kernel)
-    rows = dict.fromkeys((Path.INT4, Path.FUSED), own.sizes(most) if own.can_have(kernel) else ())
-    return gpu.launches(shape.n, shape.k, shape.group_size, shape.dtype, rows, symmetric=shape.symmetric)
+    """Calls, on tensors without data, that launch all kernels of ours a layer may ever need."""
+    if own.can_have(kernel):
+        shape = shape_of(kernel)
+        yield from own.launches(shape.n, shape.k, shape.group_size, shape.dtype, most, symmetric=shape.symmetric)
 
 
 @torch.inference_mode()

@@ -142,6 +142,14 @@ def sizes(most: int) -> list[int]:
     return [*(m for m in SIZES if m <= most), *[m for m in SIZES if m > most][:1]]
 
 
+def launches(
+    n: int, k: int, group_size: int, dtype: torch.dtype, most: int, *, symmetric: bool
+) -> Iterator[Callable[[], object]]:
+    """Calls, on tensors without data, that launch all that copies of such a weight may ever need with up to `most` rows."""
+    rows = dict.fromkeys((Path.INT4, Path.FUSED), sizes(most))
+    return gpu.launches(n, k, group_size, dtype, rows, symmetric=symmetric)
+
+
 def _launches(kernel: Wrapped, most: int) -> Iterator[Callable[[], object]]:
     w = kernel.own
     if w is not None:
