@@ -19,7 +19,7 @@ import torch
 
 from tests.engines.test_vllm_measure import layer
 from twinweight import presets
-from twinweight.engines.vllm import early, measure
+from twinweight.engines.vllm import compat, early, measure
 from twinweight.engines.vllm.config import Config
 from twinweight.errors import TwinweightError
 from twinweight.kernels import compilers
@@ -74,10 +74,7 @@ class Begun:
         monkeypatch.delenv(early._BEGUN, raising=False)
         monkeypatch.setenv("TWINWEIGHT_CACHE", str(directory))
         monkeypatch.setattr(compilers, "spawn", self.spawn)
-        platform_ = SimpleNamespace(is_cuda=lambda: cuda, get_device_name=lambda: "H200")
-        platforms = SimpleNamespace(current_platform=platform_)
-        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))  # type: ignore[arg-type]
-        monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)  # type: ignore[arg-type]
+        monkeypatch.setattr(compat, "cuda_name", lambda: "H200" if cuda else None)
 
     def spawn(self, module: str, asked: str) -> subprocess.Popen[str]:
         assert module == early.__name__

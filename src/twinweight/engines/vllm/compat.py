@@ -56,6 +56,13 @@ def on_arguments(action: Callable[[Any], None]) -> None:
         hooks.of_class(module.EngineArgs, "create_engine_config", before=action)
 
 
+def cuda_name() -> str | None:
+    """The GPU's name where vLLM runs on NVIDIA's, None elsewhere: asked as vLLM asks before it has a configuration."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name()) if current_platform.is_cuda() else None
+
+
 def on_init_device(action: Callable[[Any, Any], None]) -> None:
     """Call action(worker, vllm_config) before a worker opens its device, in whatever process and under whatever executor.
 

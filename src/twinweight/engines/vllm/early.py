@@ -22,7 +22,7 @@ import torch
 
 from twinweight import cache
 from twinweight.checkpoint import read_json
-from twinweight.engines.vllm import own
+from twinweight.engines.vllm import compat, own
 from twinweight.engines.vllm.config import Config
 from twinweight.kernels import compilers
 from twinweight.kernels.prepared import takes_group
@@ -49,15 +49,13 @@ def begin(arguments: Any, config: Config) -> None:
     Of other GPUs nobody here knows how to ask for their traits without taking memory of theirs.
     """
     try:
-        from vllm.platforms import current_platform
-
         if _running() is not None:
             return
         os.environ.pop(_BEGUN, None)  # an earlier server's of this process
         store = cache.default()
-        if store is not None and config.crossover is None and current_platform.is_cuda():
+        if store is not None and config.crossover is None and (device := compat.cuda_name()) is not None:
             asked = _asked(arguments)
-            done = store.mark(**asked, device=current_platform.get_device_name())
+            done = store.mark(**asked, device=device)
             if not done.exists():
                 process = compilers.spawn(__name__, json.dumps({**asked, "done": str(done)}))
                 os.environ[_BEGUN] = json.dumps([platform.node(), process.pid, str(done)])
