@@ -10,7 +10,6 @@ M. Prints three of them.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import time
@@ -22,41 +21,36 @@ import torch
 from gpu_paths import LINEARS, Shape
 from gpu_timing import capture, copies_of, environment, interleaved
 
-from twinweight.kernels import device, gpu, tiles
+from twinweight.kernels import device, gpu, rounds
 from twinweight.kernels.expand import expand
+from twinweight.kernels.forms import DotTiles, ExpandTiles
 from twinweight.kernels.fused import Tiles, fused_linear
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import AmpereTiles, DotTiles, ExpandTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 
 
-AMPERE = {8: [(64, 72), (64, 80), (64, 96), (64, 128)], 16: [(64, 96), (64, 128), (64, 160), (128, 128)]}
-"""(features, registers) of tiles of `ampere.py` by their rows."""
-
-
-def candidates(m: int, n: int, k: int) -> list[Tiles]:
-    """What may be good for m rows: for few, of what was not slower than these everywhere on an H200; for more, the best of each
-    size by the model in `tiles.py`.
-    """
-    if m > 32:
-        traits = device.traits_of(torch.device("cuda", 0))
-        modelled = sorted(tiles.hopper_candidates(m, n, k, traits), key=lambda candidate: candidate[0])
-        by_size: dict[HopperTiles, list[HopperTiles]] = {}
-        for us, size, parts, whole in modelled:
-            if us < 1.25 * modelled[0][0]:
-                by_size.setdefault(size, []).append(replace(size, split_k=parts, whole=whole))
-        return [t for found in by_size.values() for t in found[:4]]
-    splits = range(1, 9)
+def candidates(m: int, n: int, k: int, zeros: bool) -> list[Tiles]:
+    """What may be good for m rows: the best of each size by the models in `rounds.py`, and from 17 to 32 some of `fused.py`."""
+    traits = device.traits_of(torch.device("cuda", 0))
+    modelled: list[tuple[float, Tiles]]
     if m <= 16:
-        block_m = 8 if m <= 8 else 16
-        sizes = itertools.product(AMPERE[block_m], splits)
-        some = [AmpereTiles(block_m, features, 16, 2, split, 4, registers) for (features, registers), split in sizes]
-        return [t for t in some if k >= 512 * t.split_k and (t.split_k == 1 or -(-n // t.block_n) * t.split_k <= 1000)]
-    grid = itertools.product([(64, 4), (128, 4)], [3, 4], splits)
-    found = [DotTiles(32, n, 16, split, 8, warps, stages, True) for (n, warps), stages, split in grid]
-    return [t for t in found if 66 <= -(-m // t.rows) * -(-n // t.block_n) * t.split_k <= (1200 if t.split_k > 1 else 1 << 30)]
+        modelled = list(rounds.ampere_candidates(m, n, k, 128, traits, zeros))
+        modelled += rounds.hopper_few_candidates(m, n, k, traits, zeros) if m > 8 and traits.wgmma else []
+    else:
+        found = rounds.hopper_candidates(m, n, k, traits, zeros)
+        modelled = [(us, replace(size, split_k=parts, whole=whole)) for us, size, parts, whole in found]
+    least = min(us for us, _ in modelled)
+    by_size: dict[Tiles, list[Tiles]] = {}
+    for us, t in sorted(modelled, key=lambda candidate: candidate[0]):
+        if us < (1.4 if m <= 32 else 1.25) * least:
+            by_size.setdefault(replace(t, split_k=1, whole=0), []).append(t)
+    chosen = [t for found in by_size.values() for t in found[: 8 if m <= 32 else 4]]
+    if not 16 < m <= 32:
+        return chosen
+    plain = [DotTiles(32, n, 16, split, 8, 4, stages, True) for n in (64, 128) for stages in (3, 4) for split in range(1, 9)]
+    return chosen + [t for t in plain if 66 <= -(-n // t.block_n) * t.split_k <= (1200 if t.split_k > 1 else 1 << 30)]
 
 
 def expand_candidates() -> list[ExpandTiles]:
@@ -72,9 +66,7 @@ def random_weight(n: int, k: int, seed: int = 0, zeros: bool = False) -> Int4Wei
 
 def _compiled_as(t: Tiles) -> Tiles:
     """Tiles whose kernel is the same, for a small weight."""
-    if isinstance(t, HopperTiles):
-        return replace(t, whole=0, split_k=min(2, t.split_k))
-    return replace(t, split_k=min(2, t.split_k)) if isinstance(t, AmpereTiles) else t
+    return t if isinstance(t, DotTiles) else replace(t, whole=0, split_k=min(2, t.split_k))
 
 
 def compile_one(job: tuple[int, Tiles | ExpandTiles, bool]) -> str | None:
@@ -126,7 +118,7 @@ def main() -> None:
     a = p.parse_args()
     begun = time.monotonic()
     shapes = [shape for model in a.models for shape in LINEARS[model]]
-    wanted = ((m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k))
+    wanted = ((m, t) for m in a.rows for n, k in shapes for t in candidates(m, n, k, a.zeros))
     jobs = list(dict.fromkeys((1 if m == 1 else 8 if m % 16 else 16, _compiled_as(t), a.zeros) for m, t in wanted))
     expanding = [] if a.zeros else [(16, t, False) for t in expand_candidates()]
     if a.workers:
@@ -148,7 +140,7 @@ def main() -> None:
             x = torch.randn(m, k, device="cuda").bfloat16()
             truth = x.float() @ dense.t()
             graphs = {}
-            for t in candidates(m, n, k):
+            for t in candidates(m, n, k, a.zeros):
                 calls = [
                     lambda w=w, t=t, x=x: fused_linear(x, w.packed, w.scales, w.zeros, None, group_size=128, tiles=t)
                     for w in weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.helpers import random_weight
-from twinweight.kernels.tiles import AmpereTiles, DotTiles, ExpandTiles, HopperTiles
+from twinweight.kernels.forms import AmpereTiles, DotTiles, ExpandTiles, HopperFewTiles, HopperTiles
 from twinweight.weight import Int4Weight
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,17 @@ AMPERE_TILES = {
     "ampere-repeats": AmpereTiles(32, 64, 8, depth=1, split_k=1, num_warps=2),
     "ampere-steps": AmpereTiles(8, 64, 16, depth=2, split_k=1, num_warps=4, registers=80),
     "ampere-steps-split": AmpereTiles(16, 128, 16, depth=2, split_k=2, num_warps=4),
+    "ampere-rest": AmpereTiles(8, 64, 8, depth=1, split_k=2, num_warps=4, whole=1),
 }
 """For K in whole turns, rows of x that are aligned, and groups that steps divide."""
+
+HOPPER_FEW_TILES = {
+    "few": HopperFewTiles(16, 64, depth=4, split_k=1, num_warps=4, registers=96),
+    "few-step": HopperFewTiles(16, 64, depth=1, split_k=1, num_warps=4),
+    "few-split": HopperFewTiles(16, 64, depth=2, split_k=3, num_warps=4),
+    "few-rest": HopperFewTiles(16, 64, depth=2, split_k=2, num_warps=4, whole=1),
+    "few-wide": HopperFewTiles(32, 128, depth=2, split_k=1, num_warps=8),
+}
+"""The same on Hopper."""
 
 EXPAND_TILES = {"chosen": None, "small": ExpandTiles(block_n=64, block_words=8, num_warps=1)}

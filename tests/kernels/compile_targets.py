@@ -24,16 +24,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twinweight.kernels import expand, fused, recover, tiles
+from twinweight.kernels import expand, forms, fused, recover, tiles
 
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), tiles.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True, gluon=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), tiles.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True, gluon=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), tiles.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True, gluon=True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), tiles.DeviceTraits("amd", 64, 304, 65536, False)),
-    "gfx1100": (GPUTarget("hip", "gfx1100", 32), tiles.DeviceTraits("amd", 32, 96, 65536, False)),
-    "gfx1151": (GPUTarget("hip", "gfx1151", 32), tiles.DeviceTraits("amd", 32, 40, 65536, False)),
-    "gfx1201": (GPUTarget("hip", "gfx1201", 32), tiles.DeviceTraits("amd", 32, 64, 65536, False)),
+    "sm_80": (GPUTarget("cuda", 80, 32), forms.DeviceTraits("nvidia", 32, 108, 166912, True, ptx=True, gluon=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), forms.DeviceTraits("nvidia", 32, 132, 232448, True, ptx=True, wgmma=True, gluon=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), forms.DeviceTraits("nvidia", 32, 148, 232448, True, ptx=True, gluon=True)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), forms.DeviceTraits("amd", 64, 304, 65536, False)),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), forms.DeviceTraits("amd", 32, 96, 65536, False)),
+    "gfx1151": (GPUTarget("hip", "gfx1151", 32), forms.DeviceTraits("amd", 32, 40, 65536, False)),
+    "gfx1201": (GPUTarget("hip", "gfx1201", 32), forms.DeviceTraits("amd", 32, 64, 65536, False)),
 }
 N, WIDE = 4096, 28672
 SHAPES = {"g128": (4096, 128), "g32-ragged": (4128, 32), "channel-ragged": (4099, 4099)}
@@ -48,7 +48,7 @@ Constants = dict[str, Any]
 
 
 def variants(
-    shape: str, dtype: str, symmetric: bool, traits: tiles.DeviceTraits
+    shape: str, dtype: str, symmetric: bool, traits: forms.DeviceTraits
 ) -> dict[str, tuple[Any, Constants, dict[str, int]]]:
     """kernel name -> (function, constants, compile options), as the launchers would have them."""
     (k, group_size), ragged = SHAPES[shape], shape.endswith("ragged")
@@ -72,18 +72,23 @@ def variants(
         *(gluon if traits.gluon and not ragged else []),
     ):
         t = choose(m, n, k, group_size, traits, not symmetric)
-        if isinstance(t, tiles.HopperTiles):
+        if not isinstance(t, forms.DotTiles):
+            options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
+        if isinstance(t, forms.HopperTiles):
             from twinweight.kernels.hopper import hopper_dot_kernel
 
             # Groups of 32 and K split: what no shape here that K of whole steps has would have.
             other = {"GROUP": 32, "SPLITS": True} if name == "fused-half" else {}
-            options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
             made[name] = (hopper_dot_kernel, common | hopper_constants(t) | other, options)
             continue
-        if isinstance(t, tiles.AmpereTiles):
+        if isinstance(t, forms.HopperFewTiles):
+            from twinweight.kernels.hopper_few import hopper_few_dot_kernel
+
+            made[name] = (hopper_few_dot_kernel, common | hopper_few_constants(t), options)
+            continue
+        if isinstance(t, forms.AmpereTiles):
             from twinweight.kernels.ampere import ampere_dot_kernel
 
-            options = {"num_warps": t.num_warps} | ({"maxnreg": t.registers} if t.registers else {})
             made[name] = (ampere_dot_kernel, common | ampere_constants(t), options)
             continue
         made[name] = (
@@ -100,7 +105,7 @@ def variants(
     return made
 
 
-def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTraits, *, bias: bool, even: bool) -> Constants:
+def dot_constants(t: forms.DotTiles, common: Constants, traits: forms.DeviceTraits, *, bias: bool, even: bool) -> Constants:
     """The constants of `_dot_kernel` that follow from tiles, from the shape and from the GPU."""
     sums, settle = fused.kernel_flags(t, common["GROUP"], common["PACKED"], traits)
     return {
@@ -110,7 +115,7 @@ def dot_constants(t: tiles.DotTiles, common: Constants, traits: tiles.DeviceTrai
     }  # fmt: skip
 
 
-def hopper_constants(t: tiles.HopperTiles) -> Constants:
+def hopper_constants(t: forms.HopperTiles) -> Constants:
     """The constants of `hopper_dot_kernel` that follow from tiles."""
     return {
         "HAS_BIAS": True, "BLOCK_M": t.block_m, "MORE_M": t.more_m, "BLOCK_N": t.block_n,
@@ -118,12 +123,17 @@ def hopper_constants(t: tiles.HopperTiles) -> Constants:
     }  # fmt: skip
 
 
-def ampere_constants(t: tiles.AmpereTiles) -> Constants:
+def ampere_constants(t: forms.AmpereTiles) -> Constants:
     """The constants of `ampere_dot_kernel` that follow from tiles."""
     return {
         "HAS_BIAS": True, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_W": t.block_words, "DEPTH": t.depth,
         "SPLITS": t.split_k > 1,
     }  # fmt: skip
+
+
+def hopper_few_constants(t: forms.HopperFewTiles) -> Constants:
+    """The constants of `hopper_few_dot_kernel` that follow from tiles."""
+    return {"HAS_BIAS": True, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "DEPTH": t.depth, "SPLITS": t.split_k > 1}
 
 
 def compile_one(

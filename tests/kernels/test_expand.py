@@ -8,8 +8,8 @@ import torch
 from tests.kernels.cases import CASES, DEVICE, EXPAND_TILES, Case
 from twinweight.kernels import gpu
 from twinweight.kernels.expand import expand
+from twinweight.kernels.forms import ExpandTiles
 from twinweight.kernels.prepared import KernelWeight
-from twinweight.kernels.tiles import ExpandTiles
 
 UNIQUE = list({(c.n, c.k, c.group_size): c for c in CASES}.values())
 

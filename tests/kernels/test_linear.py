@@ -11,6 +11,7 @@ from tests.kernels.cases import (
     AMPERE_TILES,
     CASES,
     DEVICE,
+    HOPPER_FEW_TILES,
     HOPPER_TILES,
     LINEAR_TILES,
     ON_AMPERE,
@@ -28,6 +29,8 @@ Tiles = AnyTiles | None
 CHOICES = [pytest.param("int4", tiles, id=f"int4-{name}") for name, tiles in LINEAR_TILES.items()] + [
     pytest.param("fused", None, id="fused-chosen")
 ]
+
+FEW_TILES: dict[str, AnyTiles] = {**AMPERE_TILES, **(HOPPER_FEW_TILES if ON_HOPPER else {})}
 
 
 def worth_it(case: Case, tiles: Tiles) -> bool:
@@ -57,7 +60,7 @@ PAIRS += [
 PAIRS += [
     pytest.param(case, "int4", tiles, id=f"{case}-int4-{name}")
     for case in CASES
-    for name, tiles in AMPERE_TILES.items()
+    for name, tiles in FEW_TILES.items()
     if ON_AMPERE and not case.strided and case.k % (8 * tiles.block_words * tiles.depth * tiles.split_k) == 0
     if case.group_size == case.k or case.group_size % (8 * tiles.block_words) == 0
 ]
@@ -101,10 +104,10 @@ def test_identity_gives_the_weight(
 
 
 @pytest.mark.skipif(not ON_AMPERE, reason="needs an NVIDIA GPU, Ampere or later")
-@pytest.mark.parametrize("tiles", AMPERE_TILES.values(), ids=AMPERE_TILES)
+@pytest.mark.parametrize("tiles", FEW_TILES.values(), ids=FEW_TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("k", "group_size", "symmetric"), [(768, 128, False), (768, 128, True), (512, 512, False)])
-def test_identity_gives_the_weight_on_ampere(
+def test_identity_gives_the_weight_in_tiles_of_few_rows(
     k: int, group_size: int, symmetric: bool, dtype: torch.dtype, tiles: Tiles
 ) -> None:
     w = random_weight(176, k, group_size, dtype, symmetric, seed=k).to(DEVICE)

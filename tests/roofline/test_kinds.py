@@ -54,7 +54,8 @@ def test_every_kernel_of_ours_is_known() -> None:
     sources = (Path(twinweight.kernels.__file__).parent).glob("*.py")
     names = {name for file in sources for name in re.findall(r"^def (\w*_kernel)\(", file.read_text(), re.M)}
     assert {name: kind_of_kernel(name) for name in names} == {
-        "_dot_kernel": "w4a16", "ampere_dot_kernel": "w4a16", "hopper_dot_kernel": "w4a16", "_expand_kernel": "copy",
+        "_dot_kernel": "w4a16", "ampere_dot_kernel": "w4a16", "hopper_dot_kernel": "w4a16",
+        "hopper_few_dot_kernel": "w4a16", "_expand_kernel": "copy",
         "_rows_kernel": "elementwise", "_groups_kernel": "elementwise", "_grid_kernel": None,  # makes a twin, once
         "_read_back_kernel": None,  # makes a copy, once
     }  # fmt: skip

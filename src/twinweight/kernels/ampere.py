@@ -15,8 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from .tiles import MOST_PARTS
-from .unpack import biased_zero_pair, group_at, integer_tile, tile_at
+from .forms import MOST_PARTS
+from .unpack import biased_zero_pair, group_at, integer_tile
 
 load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # its name to Triton 3.7
 _PARTS = gl.constexpr(MOST_PARTS)
@@ -72,7 +72,7 @@ def _copy_x(smem, x_ptr, offs, inside, FIRST: gl.constexpr, DEPTH: gl.constexpr)
 
 
 @gluon.jit
-def _load_groups(ptr, rows, step, G, GROUP: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
+def load_groups(ptr, rows, step, G, GROUP: gl.constexpr, COLUMNS: gl.constexpr, DEPTH: gl.constexpr):
     """Scales or zero points of DEPTH steps from `step` on, 16 bits each; of two steps, each a group, as one word."""
     found = ()
     if DEPTH == 2 and GROUP == COLUMNS:
@@ -84,8 +84,8 @@ def _load_groups(ptr, rows, step, G, GROUP: gl.constexpr, COLUMNS: gl.constexpr,
 
 
 @gluon.jit
-def _group(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
-    """What `_load_groups` found for step `i`."""
+def group_of(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
+    """What `load_groups` found for step `i`."""
     if len(found) < DEPTH:
         value = (found[0] >> (16 * i)).to(gl.int16).to(DTYPE, bitcast=True)
     else:
@@ -93,7 +93,58 @@ def _group(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
     return value
 
 
-@gluon.jit(do_not_specialize=["M", "G", "split"])
+@gluon.jit
+def place_of(turns, whole, split, divided, short, SPLITS: gl.constexpr):
+    """(tile, part, first turn, last turn) of a program: all turns of a tile, or, with SPLITS, from tile `whole` on those of one
+    of `split` parts of the `divided` tiles there, `short` or one more. Programs of all first parts, which are the longer ones,
+    come first, so that multiprocessors get equally many. There are no divisions, which would take longer than a turn.
+    """
+    tile = gl.program_id(0)
+    part = -1
+    first = 0
+    last = turns
+    if SPLITS and tile >= whole:
+        part = 0
+        for _ in gl.static_range(_PARTS - 1):
+            if tile - whole >= divided:
+                tile -= divided
+                part += 1
+        longer = turns - split * short
+        first = part * short + gl.minimum(part, longer)
+        last = first + short + (part < longer).to(gl.int32)
+    return tile, part, first, last
+
+
+@gluon.jit
+def add_parts(acc, parts_ptr, counters_ptr, at, part, split, LAYOUT: gl.constexpr):
+    """(whether this program is the last of a tile's, the sums of all its parts then); acc: those of `part`; at: which tile."""
+    N: gl.constexpr = acc.shape[0]
+    M: gl.constexpr = acc.shape[1]
+    local = gl.arange(0, N, gl.SliceLayout(1, LAYOUT))[:, None] * M + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))[None, :]
+    mine = parts_ptr + at.to(gl.int64) * (split * N * M) + local
+    gl.store(mine + part * (N * M), acc)
+    tl.debug_barrier()  # every thread's part is written before the one that counts it
+    done = gl.atomic_add(counters_ptr + at, 1, sem="acq_rel") == split - 1
+    if done:
+        gl.store(counters_ptr + at, 0)  # ready for the next launch
+        acc = gl.zeros([N, M], gl.float32, LAYOUT)
+        for i in gl.static_range(_PARTS):
+            acc += gl.load(mine + i * (N * M), mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
+    return done, acc
+
+
+@gluon.jit
+def store_tile(acc, bias_ptr, out_ptr, first_n, first_m, N, M, stride_out, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Round sums [features, rows] and the bias once and store them."""
+    n = first_n + gl.arange(0, acc.shape[0], gl.SliceLayout(1, LAYOUT))
+    m = first_m + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))
+    if HAS_BIAS:
+        acc += gl.load(bias_ptr + gl.minimum(n, N - 1)).to(gl.float32)[:, None]
+    offsets = m.to(gl.int64)[None, :] * stride_out + n[:, None]
+    gl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@gluon.jit(do_not_specialize=["M", "G", "whole", "split", "divided", "short"])
 def ampere_dot_kernel(
     x_ptr,
     packed_ptr,
@@ -110,7 +161,10 @@ def ampere_dot_kernel(
     G,
     stride_x,
     stride_out,
+    whole,
     split,
+    divided,
+    short,
     GROUP: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -120,7 +174,8 @@ def ampere_dot_kernel(
     DEPTH: gl.constexpr,
     SPLITS: gl.constexpr,
 ):
-    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M rows; with SPLITS over one of `split` parts of K (axis 1).
+    """One tile of out = x @ W.T + b, BLOCK_N features by BLOCK_M rows; with SPLITS, tiles from `whole` on in `split` parts
+    of K, each a program.
 
     A step is BLOCK_W words, which lie in one group; K is a whole number of turns of DEPTH steps. Products take integers, and
     scales act on the sums of a step.
@@ -137,14 +192,10 @@ def ampere_dot_kernel(
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_K, BLOCK_K // 8], [WARPS, 1], [1, 0])
     X_SMEM: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 8, [1, 0])  # lanes read 8 bytes each without bank conflicts
     LOAD_X: gl.constexpr = x_layout(BLOCK_K, BLOCK_M, WARPS)
-    pid = gl.program_id(0)
-    pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, 8)
-    turns = W // (BLOCK_W * DEPTH)
-    first = 0
-    last = turns * DEPTH
-    if SPLITS:
-        first = turns * gl.program_id(1) // split * DEPTH
-        last = turns * (gl.program_id(1) + 1) // split * DEPTH
+    pid_m = gl.program_id(1)
+    pid_n, part, first, last = place_of(W // (BLOCK_W * DEPTH), whole, split, divided, short, SPLITS)
+    first *= DEPTH
+    last *= DEPTH
 
     # Two sets of buffers, each an allocation of its own, so that the compiler sees that a copy into one does not meet a read
     # of the other, and one barrier a turn is left.
@@ -169,10 +220,10 @@ def ampere_dot_kernel(
     words = ()
     for i in gl.static_range(DEPTH):
         words += (gl.load(packed_ptr + first * STEP + w_offs + i * STEP),)
-    scales = _load_groups(scales_ptr, rows_n, first, G, GROUP, BLOCK_K, DEPTH)
+    scales = load_groups(scales_ptr, rows_n, first, G, GROUP, BLOCK_K, DEPTH)
     zeros = ()
     if HAS_ZEROS:
-        zeros = _load_groups(zeros_ptr, zero_n, first, G, GROUP, BLOCK_K, DEPTH)
+        zeros = load_groups(zeros_ptr, zero_n, first, G, GROUP, BLOCK_K, DEPTH)
     _copy_x(x_smem, x_ptr + first * BLOCK_K, x_offs, x_inside, 0, DEPTH)
     AHEAD: gl.constexpr = BLOCK_N == 16 * WARPS  # twice the rows a warp leave no registers for it
     acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
@@ -189,14 +240,14 @@ def ampere_dot_kernel(
             later = ()
             if not AHEAD:
                 here = gl.minimum(step, last - DEPTH)
-                scales = _load_groups(scales_ptr, rows_n, here, G, GROUP, BLOCK_K, DEPTH)
+                scales = load_groups(scales_ptr, rows_n, here, G, GROUP, BLOCK_K, DEPTH)
                 if HAS_ZEROS:
-                    zeros = _load_groups(zeros_ptr, zero_n, here, G, GROUP, BLOCK_K, DEPTH)
+                    zeros = load_groups(zeros_ptr, zero_n, here, G, GROUP, BLOCK_K, DEPTH)
             for i in gl.static_range(DEPTH):
                 b = 0
                 if HAS_ZEROS:
-                    b = biased_zero_pair(_group(zeros, i, DEPTH, gl.int16), dtype)
-                s = _group(scales, i, DEPTH, dtype)
+                    b = biased_zero_pair(group_of(zeros, i, DEPTH, gl.int16), dtype)
+                s = group_of(scales, i, DEPTH, dtype)
                 x = gl.convert_layout(_columns_in_halves(x_smem[turn * DEPTH + i].permute((1, 0)).load(LOAD_X)), RIGHT)
                 w = gl.convert_layout(integer_tile(_in_halves(words[i]), b, dtype, HAS_ZEROS, True), LEFT)
                 sums = mma_v2(w, x, gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS))
@@ -204,30 +255,12 @@ def ampere_dot_kernel(
                 acc += sums * s.to(gl.float32)[:, None]
             words = later
             if AHEAD:
-                scales = _load_groups(scales_ptr, rows_n, ahead, G, GROUP, BLOCK_K, DEPTH)
+                scales = load_groups(scales_ptr, rows_n, ahead, G, GROUP, BLOCK_K, DEPTH)
                 if HAS_ZEROS:
-                    zeros = _load_groups(zeros_ptr, zero_n, ahead, G, GROUP, BLOCK_K, DEPTH)
+                    zeros = load_groups(zeros_ptr, zero_n, ahead, G, GROUP, BLOCK_K, DEPTH)
 
-    n = gl.arange(0, BLOCK_N, gl.SliceLayout(1, SUMS))
-    m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, SUMS))
     done = True
-    if SPLITS:
-        PART: gl.constexpr = BLOCK_N * BLOCK_M
-        local = n[:, None] * BLOCK_M + m[None, :]
-        mine = parts_ptr + pid.to(gl.int64) * (split * PART) + local
-        gl.store(mine + gl.program_id(1) * PART, acc)
-        tl.debug_barrier()  # every thread's part is written before the one that counts it
-        arrived = gl.atomic_add(counters_ptr + pid, 1, sem="acq_rel")
-        done = arrived == split - 1
-        if done:
-            gl.store(counters_ptr + pid, 0)  # ready for the next launch
-            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, SUMS)
-            for i in gl.static_range(_PARTS):
-                acc += gl.load(mine + i * PART, mask=(local >= 0) & (i < split), other=0.0, cache_modifier=".cg")
+    if SPLITS and part >= 0:
+        done, acc = add_parts(acc, parts_ptr, counters_ptr, pid_m * divided + pid_n - whole, part, split, SUMS)
     if done:
-        if HAS_BIAS:
-            acc += gl.load(bias_ptr + rows_n).to(gl.float32)[:, None]
-        n += pid_n * BLOCK_N
-        m += pid_m * BLOCK_M
-        inside = (n < N)[:, None] & (m < M)[None, :]
-        gl.store(out_ptr + m.to(gl.int64)[None, :] * stride_out + n[:, None], acc.to(dtype), mask=inside)
+        store_tile(acc, bias_ptr, out_ptr, pid_n * BLOCK_N, pid_m * BLOCK_M, N, M, stride_out, HAS_BIAS, SUMS)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .tiles import DeviceTraits
+from .forms import DeviceTraits
 
 
 @cache
@@ -39,7 +39,7 @@ def traits_of(device: torch.device) -> DeviceTraits:
 def has_gluon() -> bool:
     """Whether this Triton has what Gluon's kernels, imported here, are written in. It is young, and its names may change."""
     try:
-        from . import ampere, hopper  # noqa: F401
+        from . import ampere, hopper, hopper_few  # noqa: F401
     except (ImportError, AttributeError):
         return False
     return True

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import traits_of
+from .forms import ExpandTiles
 from .launch import Launch, Plan, plan
-from .tiles import ExpandTiles, expand_tiles
+from .tiles import expand_tiles
 from .unpack import (
     FLOAT_TYPES,
     check_step,

@@ -24,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import traits_of
+from .forms import AmpereTiles, DeviceTraits, DotTiles, HopperFewTiles, HopperTiles
 from .launch import COUNTERS, Launch, Plan, counters, plan
-from .tiles import AmpereTiles, DeviceTraits, DotTiles, HopperTiles, fused_tiles, plain_tiles
+from .tiles import fused_tiles, plain_tiles
 from .unpack import (
     biased_zeros,
     check_linear,
@@ -45,7 +46,7 @@ from .unpack import (
     word_offset,
 )
 
-Tiles = DotTiles | AmpereTiles | HopperTiles
+Tiles = DotTiles | AmpereTiles | HopperTiles | HopperFewTiles
 Weight = tuple[Tensor, Tensor, Tensor | None]
 """packed, scales, zeros."""
 Choose = Callable[[int, int, int, int, DeviceTraits, bool], Tiles]
@@ -269,10 +270,12 @@ def _plan(
         if tiles is not None:
             raise ValueError(reason)
         t = plain_tiles(m, n, k, group_size, traits, zero_points)
-    whole = t.whole if isinstance(t, HopperTiles) else 0
-    split = -(-m // t.rows) * -(-n // t.block_n) - whole
+    whole = 0 if isinstance(t, DotTiles) else t.whole
+    tiles_m, tiles_n = -(-m // t.rows), -(-n // t.block_n)
+    few = isinstance(t, AmpereTiles | HopperFewTiles)  # whose grid has an axis for rows
+    split = tiles_m * (tiles_n - whole) if few else tiles_m * tiles_n - whole
     if split < 0 or (t.split_k > 1 and split > COUNTERS):
-        raise ValueError(f"tiles: expected up to {COUNTERS} of split K, found {split} of {split + whole}, in {t.split_k} parts")
+        raise ValueError(f"tiles: expected up to {COUNTERS} of split K, found {split} beside {whole}, in {t.split_k} parts")
     parts = split * t.split_k if t.split_k > 1 else 0
     group = group_columns(group_size, groups)
     stride_out = out.stride(0) if out is not None else n
@@ -292,20 +295,24 @@ def _plan(
         )  # fmt: skip
     else:
         options |= {"maxnreg": t.registers} if t.registers else {}
-        if isinstance(t, AmpereTiles):
-            from .ampere import ampere_dot_kernel
+        integers = (*integers, whole, t.split_k)
+        if isinstance(t, HopperTiles):
+            from .hopper import hopper_dot_kernel as kernel
 
-            check_turn(t, k, group)
-            kernel = ampere_dot_kernel
-            integers = (*integers, t.split_k)
-            constants = (*flags, t.block_m, t.block_n, t.block_words, t.depth, parts > 0)
-        else:
-            from .hopper import hopper_dot_kernel
-
-            kernel = hopper_dot_kernel
             grid = (whole + split * t.split_k, 1, 1)
-            integers = (*integers, whole, t.split_k)
             constants = (*flags, t.block_m, t.more_m, t.block_n, parts > 0, t.group_n, packed_as)
+        else:
+            turns = check_turn(t.block_words, t.depth, t.split_k, k, group)
+            grid = (whole + (tiles_n - whole) * t.split_k, tiles_m, 1)
+            integers = (*integers, tiles_n - whole, turns // t.split_k)
+            if isinstance(t, HopperFewTiles):
+                from .hopper_few import hopper_few_dot_kernel as kernel
+
+                constants = (*flags, t.block_m, t.block_n, t.depth, parts > 0)
+            else:
+                from .ampere import ampere_dot_kernel as kernel
+
+                constants = (*flags, t.block_m, t.block_n, t.block_words, t.depth, parts > 0)
     launch = Launch(kernel, grid, integers, constants, options, x.device)
     return Plan((m, n), launch, parts * t.rows * t.block_n)
 
@@ -316,6 +323,6 @@ def _unfit(t: Tiles, x: Tensor, packed_as: int) -> str:
         return ""
     if x.shape[1] % 64 or x.stride(0) % 16 or x.data_ptr() % 16:
         return f"x: expected K a multiple of 64 and aligned rows, found {list(x.shape)}, {x.stride()}"
-    if isinstance(t, AmpereTiles) and packed_as != 2:
+    if not isinstance(t, HopperTiles) and packed_as != 2:
         return f"x: expected the dtype of the scales, found {x.dtype}"
     return ""

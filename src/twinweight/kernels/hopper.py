@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from .ampere import load_async
-from .tiles import MOST_PARTS
+from .forms import MOST_PARTS
 from .unpack import group_at, load_group, pair_constants, row_offset, tile_at, weight_pairs, word_offset
 
 _STAGES = gl.constexpr(4)

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .forms import DeviceTraits
 from .order import BLOCK, BLOCK_WORDS, padded_rows, padded_words
 from .prepared import takes_group
-from .tiles import AmpereTiles, DeviceTraits
 
 FLOAT_TYPES = (torch.bfloat16, torch.float16)
 
@@ -294,11 +294,15 @@ def check_step(block_words: int, group: int) -> None:
         raise ValueError(f"block_words: expected {expected}, found {block_words}")
 
 
-def check_turn(t: AmpereTiles, k: int, group: int) -> None:
-    """Raises ValueError unless K is a whole number of turns, in as many parts at least, and a step of K lies in one group."""
-    columns = 8 * t.block_words
-    if t.block_words not in (8, 16) or group % columns or k % (columns * t.depth) or t.split_k > k // (columns * t.depth):
-        raise ValueError(f"tiles: expected turns of one group's steps for K={k} in groups of {group or k}, found {t}")
+def check_turn(block_words: int, depth: int, split_k: int, k: int, group: int) -> int:
+    """The turns that K is. Raises ValueError unless it is a whole number of them, in as many parts at least, and a step lies in
+    one group.
+    """
+    columns = 8 * block_words
+    if block_words not in (8, 16) or group % columns or k % (columns * depth) or split_k > k // (columns * depth):
+        found = f"{depth} steps of {columns} columns, K in {split_k} parts"
+        raise ValueError(f"tiles: expected turns of one group's steps for K={k} in groups of {group or k}, found {found}")
+    return k // (columns * depth)
 
 
 def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int, k: int) -> tuple[int, int, int]:
