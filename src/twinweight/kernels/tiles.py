@@ -16,12 +16,13 @@ def decode_tiles(
     m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False
 ) -> DotTiles | AmpereTiles | HopperTiles | HopperFewTiles:
     """Tiles for `int4_linear`, up to 32 rows: what counts is to read the weight once and to unpack it in few instructions.
+    More rows, which are those of `fused`, take tiles for few: so that nobody times two names of one kernel.
 
     zeros: whether the weight has zero points.
     """
     if m <= 16 and traits.gluon and (group_size == k or group_size % 64 == 0) and k % 64 == 0:
         return (hopper_few_tiles if m > 8 and traits.wgmma else ampere_tiles)(m, n, k, group_size, traits, zeros)
-    return fused_tiles(m, n, k, group_size, traits, zeros) if m > 16 else plain_decode_tiles(m, n, k, group_size, traits, zeros)
+    return (fused_tiles if 16 < m <= 32 else plain_decode_tiles)(m, n, k, group_size, traits, zeros)
 
 
 def plain_decode_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> DotTiles:
