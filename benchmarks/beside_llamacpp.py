@@ -2,11 +2,13 @@
 minute by half, so that two runs one after the other compare neighbours.
 
     python benchmarks/beside_llamacpp.py OUT.json MODEL --llama VENV/bin/python --vllm .venv-vllm/bin/python [--rounds 12]
+        [--without "vLLM, twins in bf16"]
 
 MODEL: the 8B shape cut to 2 layers (`twinweight synth MODEL --like llama-3.1-8b --layers 2`); VENV as in `llamacpp.py`, whose
 weights and method these are. Starts all servers, then asks each of them once a round for 1024 tokens in and 32 out, in an
-order that rotates. Writes {"environment", "records": [{"engine", "prefill_s", "token_ms"}], each a list by round, "ratios":
-{engine: {"prefill", "token"}}, llama.cpp's time over the engine's and medians of it}.
+order that rotates; each takes up to 6 GB. Writes {"environment", "records": [{"engine", "prefill_s", "token_ms"}], each a
+list by round, "ratios": {llama.cpp's head: {engine: {"prefill", "token"}}}, llama.cpp's time over the engine's and medians of
+it}.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from typing import Any
 PROMPT, TOKENS = 1024, 32
 READY, ANSWER = "ready", "answer "
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1"}
-PEER = "llama.cpp, Q4_0, bf16 head"
-SERVERS = {"vLLM, off": "off", "vLLM, twins in bf16": "dense", "vLLM, twins in int8": "int8"}
+PEERS = {"llama.cpp, Q4_0, bf16 head": "BF16", "llama.cpp, Q4_0, Q6_K head": "Q6_K"}
+SERVERS: dict[str, dict[str, str]] = {
+    "vLLM, off": {}, "vLLM, twins in bf16": {"mode": "soft"}, "vLLM, twins in int8": {"mode": "soft", "dtype": "int8"},
+    "vLLM, twins and head in int8": {"mode": "soft", "dtype": "int8", "head": "int8"},
+}  # fmt: skip
 
 
 class Engine:
@@ -54,7 +59,7 @@ class Engine:
         raise SystemExit(f"{self.process.args} ended")
 
 
-def serve_llama(threads: int) -> None:
+def serve_llama(head: str, threads: int) -> None:
     """In the environment of llama.cpp."""
     import llamacpp
 
@@ -62,7 +67,7 @@ def serve_llama(threads: int) -> None:
     llamacpp.begin()
     with tempfile.TemporaryDirectory() as tmp:
         file = Path(tmp) / "model.gguf"
-        llamacpp.write(file, config, llamacpp.Type.BF16)
+        llamacpp.write(file, config, llamacpp.Type[head])
         model = llamacpp.Model(file, threads, PROMPT, TOKENS)
         model.request(0, config["vocab_size"])
         print(READY, flush=True)
@@ -71,13 +76,13 @@ def serve_llama(threads: int) -> None:
             print(ANSWER + json.dumps({"prefill_s": prefill, "token_ms": token * 1e3}), flush=True)
 
 
-def serve_vllm(model: str, kind: str) -> None:
+def serve_vllm(name: str, model: str) -> None:
     """In the environment of vLLM."""
     from twinweight.engines.vllm import arm
 
     llm: dict[str, Any] = {"model": model, "max_model_len": 2048}
-    if kind != "off":
-        llm["additional_config"] = {"twinweight": {"mode": "soft", "dtype": kind}}
+    if SERVERS[name]:
+        llm["additional_config"] = {"twinweight": SERVERS[name]}
     seen = 0
 
     def wait(_: str) -> None:
@@ -104,7 +109,8 @@ def by_round(a: list[float], b: list[float]) -> float:
 
 def main() -> None:
     if sys.argv[1] == "--serve":
-        serve_llama(int(sys.argv[3])) if sys.argv[2] == PEER else serve_vllm(sys.argv[3], sys.argv[2])
+        name, given = sys.argv[2:]
+        serve_llama(PEERS[name], int(given)) if name in PEERS else serve_vllm(name, given)
         return
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
@@ -113,9 +119,10 @@ def main() -> None:
     p.add_argument("--vllm", required=True)
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--without", nargs="*", default=[], choices=[*PEERS, *SERVERS])
     a = p.parse_args()
-    engines = {PEER: Engine(a.llama, "--serve", PEER, str(a.threads))}
-    engines |= {name: Engine(a.vllm, "--serve", kind, str(a.model)) for name, kind in SERVERS.items()}
+    engines = {name: Engine(a.llama, "--serve", name, str(a.threads)) for name in PEERS if name not in a.without}
+    engines |= {name: Engine(a.vllm, "--serve", name, str(a.model)) for name in SERVERS if name not in a.without}
     names, found = list(engines), {name: [] for name in engines}
     for turn in range(a.rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -125,13 +132,19 @@ def main() -> None:
         engine.process.kill()
     times = {name: {key: [x[key] for x in asked] for key in ("prefill_s", "token_ms")} for name, asked in found.items()}
     ratios = {
-        name: {key.partition("_")[0]: round(by_round(times[PEER][key], times[name][key]), 3) for key in times[name]}
-        for name in SERVERS
+        PEERS[peer]: {
+            name: {key.partition("_")[0]: round(by_round(times[peer][key], times[name][key]), 3) for key in times[name]}
+            for name in times
+            if name in SERVERS
+        }
+        for peer in times
+        if peer in PEERS
     }
     environment = {
         "cores": os.cpu_count(), "threads": a.threads, "date": time.strftime("%Y-%m-%d"),
         "prompt_tokens": PROMPT, "output_tokens": TOKENS,
-        "command": f"python benchmarks/beside_llamacpp.py OUT.json MODEL --llama PYTHON --vllm PYTHON --rounds {a.rounds}",
+        "command": f"python benchmarks/beside_llamacpp.py OUT.json MODEL --llama PYTHON --vllm PYTHON --rounds {a.rounds}"
+        + "".join(f' --without "{name}"' for name in a.without),
     }  # fmt: skip
     records = [{"engine": name, **{k: [round(x, 4) for x in v] for k, v in t.items()}} for name, t in times.items()]
     a.out.write_text(json.dumps({"environment": environment, "records": records, "ratios": ratios}, indent=1) + "\n")

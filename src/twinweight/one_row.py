@@ -64,6 +64,11 @@ class _Without:
 _WITHOUT = _Without()
 
 
+def is_large(weight: Tensor) -> bool:
+    """Whether a weight is chosen for: 16 bits on a CPU, and large."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16) and weight.nbytes >= LARGE
+
+
 @dataclass(frozen=True)
 class Faster:
     """A product that is faster than another one, and what both took."""
@@ -78,7 +83,7 @@ def faster(weight: Tensor, other: Callable[[Tensor], Tensor]) -> Faster | None:
     """The fastest of `PRODUCTS` for a row where it beats `other` by more than the measurement's noise. None, too, for a weight
     that is not chosen for: on a GPU, of 32 bits, small, or not the one that `other` multiplies with.
     """
-    if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or weight.nbytes < LARGE:
+    if not is_large(weight):
         return None
     x = torch.randn(1, weight.shape[1]).to(weight.dtype)
     theirs = other(x)

@@ -5,8 +5,8 @@ both as in use, and 8-bit twins.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,8 +50,15 @@ def _windows(model: PreTrainedModel, ids: Tensor, context: int) -> Iterator[Tens
         yield ids[at : at + context + 1].unsqueeze(0).to(model.device)
 
 
-def distance(model: PreTrainedModel, ids: Tensor, context: int = _CONTEXT) -> dict[str, float]:
+def distance(
+    model: PreTrainedModel,
+    ids: Tensor,
+    context: int = _CONTEXT,
+    without: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
     """How far the model as it is set up now is from the same model on int4 only, over ids [tokens] in windows as `perplexity`.
+
+    without: within what it makes the model is without anything else that is set up.
 
     Returns {"ppl", "kl": mean Kullback-Leibler divergence from int4 in nats a token, "top1": share of tokens with the same most
     likely next token}. Logits come in the model's dtype: the rounding of these is part of "kl", whatever the path.
@@ -60,7 +67,7 @@ def distance(model: PreTrainedModel, ids: Tensor, context: int = _CONTEXT) -> di
     with torch.inference_mode():
         for window in _windows(model, ids, context):
             scores = model(input_ids=window[:, :-1]).logits.float().log_softmax(-1)
-            with arm(model, "int4"):
+            with arm(model, "int4"), without():
                 expected = model(input_ids=window[:, :-1]).logits.float().log_softmax(-1)
             loss -= float(scores.gather(2, window[:, 1:, None]).sum(dtype=torch.float64))
             kl += float((expected.exp() * (expected - scores)).sum(dtype=torch.float64))

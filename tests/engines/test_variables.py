@@ -27,7 +27,8 @@ def test_a_misspelt_variable_is_told_once(
 ) -> None:
     (said,) = told(caplog, monkeypatch, tmp_path, TWINWEIGHT_MOOD="off")
     assert said.startswith(
-        "unknown variable TWINWEIGHT_MOOD is ignored; known: TWINWEIGHT_CACHE, TWINWEIGHT_DTYPE, TWINWEIGHT_MODE; "
+        "unknown variable TWINWEIGHT_MOOD is ignored; "
+        "known: TWINWEIGHT_CACHE, TWINWEIGHT_DTYPE, TWINWEIGHT_HEAD, TWINWEIGHT_MODE; "
     )
     assert "TWINWEIGHT_KV_FLOOR" in said
 

@@ -67,9 +67,10 @@ def test_switches(environ: dict[str, str], mode: str) -> None:
     [
         ({"mode": "sotf"}, r"additional_config\['twinweight'\]\['mode'\].*'sotf'.*off, soft, hard"),
         ({"mode": 1}, "mode is 1, expected one of off, soft, hard"),
-        ({"mode": "soft", "kvfloor": 1}, "unknown field 'kvfloor'; known: mode, dtype, kv_floor"),
+        ({"mode": "soft", "kvfloor": 1}, "unknown field 'kvfloor'; known: mode, dtype, head, kv_floor"),
         ({"dtype": "int4"}, r"\['dtype'\]: twin dtype is 'int4', expected one of dense, int8, fp8"),
         ({"dtype": ["int8"]}, r"twin dtype is \['int8'\], expected one of"),
+        ({"head": "int4"}, r"\['head'\]: output head is 'int4', expected one of dense, int8"),
         ({"kv_floor": -1}, r"\['kv_floor'\] is -1, expected a whole number of at least 0"),
         ({"kv_floor": 1.5}, "is 1.5, expected a whole number"),
         ({"crossover": 0}, "is 0, expected a whole number of at least 1"),

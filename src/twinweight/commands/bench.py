@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from twinweight import modes
+from twinweight import modes, rounded, twin
 from twinweight.commands.options import (
     Device,
     EngineArgs,
+    Head,
     Html,
     Json,
     KvFloor,
@@ -42,6 +43,7 @@ def bench(
     engine_args: EngineArgs = None,
     mode: Mode = None,
     twin_dtype: TwinDtype = None,
+    head: Head = None,
     device: Device = None,
     utilization: Utilization = 0.9,
     kv_floor: KvFloor = None,
@@ -61,7 +63,7 @@ def bench(
         points = tuple(itertools.product(prompts, _numbers("--concurrency", concurrency)))
         args = {"gpu_memory_utilization": utilization, **json_object("--engine-args", engine_args)}
         check_files(json_file, html=html_file)
-        result = _vllm(model, (points, output_tokens, repeats), chosen, twin_dtype, kv_floor, args, rounds)
+        result = _vllm(model, (points, output_tokens, repeats), chosen, (twin_dtype, head), kv_floor, args, rounds)
     else:
         if len(prompts) > 1 or concurrency != "1" or rounds > 1 or engine_args is not None:
             raise ConfigError(
@@ -73,7 +75,9 @@ def bench(
         workload = benchmark.Workload(prompts[0], output_tokens, batch, _size(image))
         check_files(json_file, html=html_file)
         with Console(stderr=True).status("loading") as status:
-            loaded = load(model, mode=chosen, twin_dtype=twin_dtype, device=device, utilization=utilization, kv_floor=kv_floor)
+            loaded = load(
+                model, mode=chosen, twin_dtype=twin_dtype, head=head, device=device, utilization=utilization, kv_floor=kv_floor
+            )
             result = benchmark.bench(loaded, workload, repeats=repeats, step=lambda text: status.update(f"measuring {text}"))
     _show(stamp(result), json_file, html_file)
 
@@ -92,19 +96,19 @@ def _vllm(
     model: Path,
     work: tuple[tuple[tuple[int, int], ...], int, int],
     mode: ModeName,
-    twin_dtype: str | None,
+    eight_bits: tuple[str | None, str | None],
     kv_floor: int | None,
     engine_args: dict[str, Any],
     rounds: int,
 ) -> dict[str, Any]:
     from twinweight.engines.vllm.bench import Workload
     from twinweight.engines.vllm.bench import bench as serve
-    from twinweight.twin import request
 
+    twin_dtype, head = eight_bits
     with Console(stderr=True).status("starting vLLM") as status:
         return serve(
-            model, Workload(*work), mode=mode, dtype=request(twin_dtype), kv_floor=kv_floor, engine_args=engine_args,
-            rounds=rounds, step=status.update,
+            model, Workload(*work), mode=mode, dtype=twin.request(twin_dtype), head=rounded.request(head), kv_floor=kv_floor,
+            engine_args=engine_args, rounds=rounds, step=status.update,
         )  # fmt: skip
 
 

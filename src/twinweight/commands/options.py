@@ -26,6 +26,12 @@ Mode = Annotated[str | None, typer.Option(help="off, soft or hard; default: TWIN
 TwinDtype = Annotated[
     str | None, typer.Option(help="dense, int8 (CPU), fp8, fp8-exact or fp8-row (GPU); default: TWINWEIGHT_DTYPE, else dense")
 ]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="dense, or int8 (CPU): few rows of the output head by 8 bits a weight; default: TWINWEIGHT_HEAD, else dense"
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: the GPU if there is one")]
 Utilization = Annotated[
     float,

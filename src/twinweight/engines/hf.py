@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinweight import formats, modes, twin
+from twinweight import formats, modes, rounded, twin
 from twinweight.checkpoint import Checkpoint
 from twinweight.crossover import Crossovers, Shape
-from twinweight.engines.head import flatten_head
+from twinweight.engines.head import flatten_head, rounded_bytes
 from twinweight.engines.layout import Layout, dense_bytes, lay_out, stored_tensors
 from twinweight.engines.variables import warn_of_others
 from twinweight.errors import CheckpointError, ConfigError, UnsupportedError
@@ -47,6 +47,7 @@ def load(
     *,
     mode: str | None = None,
     twin_dtype: str | None = None,
+    head: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     utilization: float = 0.9,
@@ -60,6 +61,8 @@ def load(
     mode: "off", "soft" or "hard"; None reads TWINWEIGHT_MODE, then means "soft".
     twin_dtype: "dense", or 8-bit twins too, which round activations: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU;
     None reads TWINWEIGHT_DTYPE, then means "dense". A weight or device that cannot have them gets dense twins, with a message.
+    head: "dense" (as it is), or on a CPU "int8": few rows of the output head go by 8 bits a weight, where that is faster; None
+    reads TWINWEIGHT_HEAD, then means "dense".
     device: None takes the GPU if there is one.
     dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is
     fast in bf16.
@@ -72,7 +75,7 @@ def load(
     """
     warn_of_others(os.environ)
     chosen = modes.from_environment(os.environ) if mode is None else check_mode(mode)
-    request = twin.request(twin_dtype)
+    request, round_head = twin.request(twin_dtype), rounded.request(head) == "int8"
     if kv_floor is not None and (not isinstance(kv_floor, int) or kv_floor < 0):
         raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     where = _device(device)
@@ -81,13 +84,15 @@ def load(
     dtype = model.dtype
     layout = lay_out(model, ckpt, fmt, where, dtype)
     crossovers = crossovers or Crossovers()
-    budget = _budget(model, layout, where, dtype, utilization, kv_floor)
+    held = rounded_bytes(model) if round_head and where.type == "cpu" else 0
+    budget = _budget(model, layout, where, dtype, utilization, kv_floor, held)
     decided = decide(layout.shapes, budget, chosen, crossovers, request=request)
     with _bar(len(layout.parts) + len(decided.twins), progress) as step:
         for name in layout.parts:
             _load_int4(model, name, layout, fmt, ckpt, where, dtype)
             step(name)
         _load_dense(model, ckpt, layout, where)
+        flatten_head(model, rounded=round_head)
         attach(model, TwinState(decided, crossovers))
         build_twins(model, step)
     model.save_pretrained = _not_saved  # type: ignore[method-assign]
@@ -200,13 +205,22 @@ def _damaged(ckpt: Checkpoint, error: Exception) -> CheckpointError:
 
 
 def _budget(
-    model: PreTrainedModel, layout: Layout, device: torch.device, dtype: torch.dtype, utilization: float, kv_floor: int | None
+    model: PreTrainedModel,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
+    utilization: float,
+    kv_floor: int | None,
+    held: int,
 ) -> Budget:
-    """The budget as it will be once the int4 and dense weights are in place: sizes are known, nothing is loaded yet."""
+    """The budget as it will be once the int4 and dense weights are in place: sizes are known, nothing is loaded yet.
+
+    held: bytes that the weights take besides.
+    """
     memory = read_memory(device)
     backend = backend_for(device)
     weights = sum(backend.weight_bytes(s.n, s.k, s.group_size, s.act_order, s.symmetric) for s in layout.shapes.values())
-    dense = dense_bytes(model, layout)
+    dense = dense_bytes(model, layout) + held
     if kv_floor is None:
         kv_floor = min(_KV_FLOOR_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", _KV_FLOOR_TOKENS))
     reserve = kv_floor * kv_bytes_per_token(model.config, dtype)
@@ -278,7 +292,6 @@ def _load_dense(model: PreTrainedModel, ckpt: Checkpoint, layout: Layout, device
         else:
             module._buffers[leaf] = data
     _tie(model, layout)
-    flatten_head(model)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

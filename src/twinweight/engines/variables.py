@@ -6,11 +6,11 @@ import functools
 import logging
 from collections.abc import Mapping
 
-from twinweight import cache, modes, twin
+from twinweight import cache, modes, rounded, twin
 
 log = logging.getLogger("twinweight")
 
-READ = (cache.VARIABLE, twin.VARIABLE, modes.VARIABLE)
+READ = (cache.VARIABLE, twin.VARIABLE, rounded.VARIABLE, modes.VARIABLE)
 
 
 def warn_of_others(environ: Mapping[str, str]) -> None:

@@ -34,6 +34,7 @@ def bench(
     *,
     mode: Mode = "soft",
     dtype: str = "dense",
+    head: str = "dense",
     kv_floor: int | None = None,
     engine_args: dict[str, Any] | None = None,
     rounds: int = 1,
@@ -41,7 +42,7 @@ def bench(
 ) -> dict[str, Any]:
     """Serve `model` off, on, off, on, ... `rounds` times, and compare.
 
-    dtype: of the twins, as in `config.Config`.
+    dtype, head: of the twins and of the output head of "on", as in `config.Config`.
     engine_args: arguments of vllm.LLM for both arms. `max_model_len` is what the workload needs unless it is among them.
     Returns {"environment", "workload", "records": [{"model", "mode", "inner_kernel", "tp", "prompt_tokens", "concurrency",
     "ttft_ms", "tpot_ms", "itl_ms", "kv_tokens", "startup_s", ...}], "arms", "ratios", "noise"}. Ratios by point: above 1 is a
@@ -58,7 +59,7 @@ def bench(
     longest = -(-(max(p for p, _ in work.points) + work.output_tokens) // 1024) * 1024
     llm = {"model": str(model), "max_model_len": longest, **(engine_args or {})}
     given = llm.pop("additional_config", {})
-    own = {"mode": mode, "dtype": dtype} | ({} if kv_floor is None else {"kv_floor": kv_floor})
+    own = {"mode": mode, "dtype": dtype, "head": head} | ({} if kv_floor is None else {"kv_floor": kv_floor})
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for round_ in range(rounds):
         for arm in ARMS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from twinweight import cache, twin
+from twinweight import cache, rounded, twin
 from twinweight.errors import ConfigError
 from twinweight.modes import switched
 from twinweight.plan import Mode, check_mode
@@ -26,6 +26,7 @@ class Config:
 
     mode: "off", "soft" (as many twins as fit) or "hard" (all, or start-up stops).
     dtype: "dense" (exact), or 8-bit twins besides: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU.
+    head: "dense" (as it is), or on a CPU "int8": few rows of the output head go by 8 bits a weight, where that is faster.
     kv_floor: KV-cache tokens that twins may never take; None, and anything below, is max_model_len. Given, it says how much is
     needed, and twins may take the rest; else what is left of the cache grows dearer as they do (`plan.CACHE_PRICE`).
     activation_reserve_mib, graphs_reserve_mib: memory kept for the activation peak and for CUDA graphs; None is an estimate.
@@ -38,6 +39,7 @@ class Config:
 
     mode: Mode = "off"
     dtype: str = "dense"
+    head: str = "dense"
     kv_floor: int | None = None
     activation_reserve_mib: int | None = None
     graphs_reserve_mib: int | None = None
@@ -64,7 +66,7 @@ class Config:
 
 
 _LEAST = {"kv_floor": 0, "activation_reserve_mib": 0, "graphs_reserve_mib": 0, "crossover": 1}
-_CHOICES: Mapping[str, Callable[[str], str]] = {"mode": check_mode, "dtype": twin.check_request}
+_CHOICES: Mapping[str, Callable[[str], str]] = {"mode": check_mode, "dtype": twin.check_request, "head": rounded.check_request}
 _DEFAULTS = {f.name: f.default for f in fields(Config)}
 FIELDS = tuple(_DEFAULTS)
 VARIABLES = frozenset({_PREFIX + name.upper() for name in FIELDS} | {cache.VARIABLE})

@@ -106,7 +106,7 @@ class Life:
                 before, self.plan = self.plan, self._plan()  # for the others: what was freed has made room
                 self._build()
                 self.plan = replace(self.plan, twins={**before.twins, **self.plan.twins})
-            heads.quicken(heads.of(self.worker))
+            heads.quicken(heads.of(self.worker), rounded=self.config.head == "int8")
         self.seconds = (measured - started, time.perf_counter() - measured)
 
     def _go_without(self) -> None:
@@ -336,6 +336,7 @@ class Life:
         """Refill every twin in place: after parameters were written past vLLM (`collective_rpc("twinweight_refresh")`)."""
         for name in self.built:
             self.kernels[name].fresh = False
+        heads.refresh(heads.of(self.worker))
         return self._refill()
 
     def _refill(self) -> int:
@@ -353,7 +354,7 @@ class Life:
         self.gone = False
         if not self.asleep:
             self._refill()
-            heads.quicken(heads.of(self.worker))
+            heads.quicken(heads.of(self.worker), rounded=self.config.head == "int8")
         return result
 
     def _sleep(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
