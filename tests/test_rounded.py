@@ -108,6 +108,13 @@ def test_what_is_not_faster_is_not_kept(small: None, monkeypatch: pytest.MonkeyP
     assert ours.rounded is None
 
 
+@pytest.mark.usefixtures("small")
+def test_what_multiplies_with_another_weight_keeps_it() -> None:
+    bits, other = Rounded(torch.randn(64, 96).bfloat16()), torch.randn(64, 96).bfloat16()
+    assert rounded.most_rows(bits, lambda x: nn.functional.linear(x, other)) == 0
+    assert rounded.most_rows(bits, lambda x: nn.functional.linear(x, bits.dense())) == 2
+
+
 def test_small_heads_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     head, ours = Head(), OutputHead(96, 64, bias=False).bfloat16()
     with caplog.at_level("INFO", "vllm.twinweight"):
@@ -136,15 +143,15 @@ def test_a_model_is_loaded_with_it_and_its_bytes_are_counted(tmp_path: Path, mon
         return budgets[-1]
 
     monkeypatch.setattr(hf, "_budget", watched)
-    for request in ("dense", "int8"):
+    for request, mode in (("dense", "soft"), ("int8", "soft"), ("int8", "off")):
         monkeypatch.setenv("TWINWEIGHT_HEAD", request)
-        model = twinweight.load(tmp_path, mode="off", device="cpu", progress=False)
+        model = twinweight.load(tmp_path, mode=mode, device="cpu", progress=False)
         head: Any = model.get_output_embeddings()
-        assert (head.rounded is not None) == (request == "int8")
+        assert (head.rounded is not None) == (request == "int8" and mode == "soft")
         assert head.weight is model.get_input_embeddings().weight  # which stays as it is
         logits = model(torch.arange(5)[None], logits_to_keep=1).logits
         assert logits.shape == (1, 1, 199)
-    assert budgets[1].weights - budgets[0].weights == 199 * (128 + 2)
+    assert [b.weights - budgets[0].weights for b in budgets] == [0, 199 * (128 + 2), 0]
 
 
 def test_what_may_be_asked_for() -> None:

@@ -6,13 +6,12 @@ bits in every call; `fp8-row` and `int8` round the weight as well. A dense twin 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from twinweight.errors import ConfigError
+from twinweight.asked import given_or_set, one_of
 from twinweight.kernels import backend_for, dense_linear, int8
 from twinweight.kernels.pages import in_huge_pages
 from twinweight.kernels.prepared import TILE_BYTES, KernelWeight
@@ -29,25 +28,18 @@ REQUESTS: Mapping[str, tuple[str, ...]] = {
 """What may be asked for, and the kinds that are then offered beside dense twins."""
 
 VARIABLE = "TWINWEIGHT_DTYPE"
+_WHAT = "twin dtype"
 GROUP = 128  # columns that share a scale in an fp8-exact twin
 
 
 def check_request(value: str) -> str:
     """`value`, one of `REQUESTS`. Raises ConfigError naming them."""
-    if not isinstance(value, str) or value not in REQUESTS:
-        raise ConfigError(f"twin dtype is {value!r}, expected one of {', '.join(REQUESTS)}")
-    return value
+    return one_of(_WHAT, value, REQUESTS)
 
 
 def request(given: str | None, environ: Mapping[str, str] | None = None) -> str:
     """What is asked for: `given`, else TWINWEIGHT_DTYPE, else "dense". Raises ConfigError for a value that is not known."""
-    if given is not None:
-        return check_request(given)
-    value = (os.environ if environ is None else environ).get(VARIABLE)
-    try:
-        return check_request(value) if value else "dense"
-    except ConfigError as error:
-        raise ConfigError(f"{VARIABLE}: {error}") from None
+    return given_or_set(_WHAT, given, VARIABLE, REQUESTS, environ)
 
 
 def dense_kinds(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from twinweight.cache import Cache
 from twinweight.engines.vllm import compat, measure, offers, own
 from twinweight.engines.vllm.kinds import Kind, kind_of, shape_of
 from twinweight.kernels import gpu
-from twinweight.kernels.forms import AmpereTiles, DeviceTraits, HopperFewTiles, HopperTiles
+from twinweight.kernels.forms import DeviceTraits, FewTiles, HopperTiles
 from twinweight.kernels.prepared import KernelWeight
 from twinweight.kernels.tiles import fused_tiles
 from twinweight.measured import Measured
@@ -218,7 +218,7 @@ def test_no_prompt_waits_for_a_kernel_that_was_not_compiled_ahead(n: int, k: int
         tiles = -(-m // t.rows) * -(-n // t.block_n)
         if isinstance(t, HopperTiles):
             return t.block_m, t.more_m, t.block_n, t.split_k > 1 and tiles > t.whole, t.group_n, t.num_warps, t.registers
-        if isinstance(t, AmpereTiles | HopperFewTiles):
+        if isinstance(t, FewTiles):
             return dataclasses.astuple(dataclasses.replace(t, split_k=min(t.split_k, 2), whole=0))
         return dataclasses.astuple(t)
 

@@ -88,11 +88,11 @@ AMPERE_TILES = {
 """For K in whole turns, rows of x that are aligned, and groups that steps divide."""
 
 HOPPER_FEW_TILES = {
-    "few": HopperFewTiles(16, 64, depth=4, split_k=1, num_warps=4, registers=96),
-    "few-step": HopperFewTiles(16, 64, depth=1, split_k=1, num_warps=4),
-    "few-split": HopperFewTiles(16, 64, depth=2, split_k=3, num_warps=4),
-    "few-rest": HopperFewTiles(16, 64, depth=2, split_k=2, num_warps=4, whole=1),
-    "few-wide": HopperFewTiles(32, 128, depth=2, split_k=1, num_warps=8),
+    "few": HopperFewTiles(16, 64, 8, depth=4, split_k=1, num_warps=4, registers=96),
+    "few-step": HopperFewTiles(16, 64, 8, depth=1, split_k=1, num_warps=4),
+    "few-split": HopperFewTiles(16, 64, 8, depth=2, split_k=3, num_warps=4),
+    "few-rest": HopperFewTiles(16, 64, 8, depth=2, split_k=2, num_warps=4, whole=1),
+    "few-wide": HopperFewTiles(32, 128, 8, depth=2, split_k=1, num_warps=8),
 }
 """The same on Hopper."""
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from twinweight.kernels.forms import MOST_PARTS, AmpereTiles, DeviceTraits, DotTiles, HopperFewTiles, HopperTiles
+from twinweight.kernels.forms import MOST_PARTS, DeviceTraits, DotTiles, FewTiles, HopperFewTiles, HopperTiles
 from twinweight.kernels.launch import COUNTERS
 from twinweight.kernels.tiles import decode_tiles, fused_tiles
 from twinweight.kernels.unpack import check_turn
@@ -45,7 +45,7 @@ def test_tiles_are_legal(
     assert 1 <= split <= (COUNTERS if t.split_k > 1 else split)
     assert is_power_of_two(t.block_m)
     assert is_power_of_two(t.block_n)
-    if isinstance(t, AmpereTiles | HopperFewTiles):
+    if isinstance(t, FewTiles):
         assert traits.wgmma if isinstance(t, HopperFewTiles) else traits.gluon
         assert decode
         assert m <= t.block_m

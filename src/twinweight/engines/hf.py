@@ -61,8 +61,8 @@ def load(
     mode: "off", "soft" or "hard"; None reads TWINWEIGHT_MODE, then means "soft".
     twin_dtype: "dense", or 8-bit twins too, which round activations: "int8" on a CPU, "fp8", "fp8-exact" or "fp8-row" on a GPU;
     None reads TWINWEIGHT_DTYPE, then means "dense". A weight or device that cannot have them gets dense twins, with a message.
-    head: "dense" (as it is), or on a CPU "int8": few rows of the output head go by 8 bits a weight, where that is faster; None
-    reads TWINWEIGHT_HEAD, then means "dense".
+    head: "dense" (as it is), or on a CPU "int8": few rows of the output head go by 8 bits a weight where that is faster, but in
+    mode "off"; None reads TWINWEIGHT_HEAD, then means "dense".
     device: None takes the GPU if there is one.
     dtype: of activations and scales, bf16 or fp16; None is the checkpoint's on a GPU and bf16 on a CPU, whose int4 kernel is
     fast in bf16.
@@ -75,7 +75,7 @@ def load(
     """
     warn_of_others(os.environ)
     chosen = modes.from_environment(os.environ) if mode is None else check_mode(mode)
-    request, round_head = twin.request(twin_dtype), rounded.request(head) == "int8"
+    request, round_head = twin.request(twin_dtype), rounded.request(head) == "int8" and chosen != "off"
     if kv_floor is not None and (not isinstance(kv_floor, int) or kv_floor < 0):
         raise ConfigError(f"KV floor is {kv_floor!r}, expected tokens, 0 or more")
     where = _device(device)

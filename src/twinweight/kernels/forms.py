@@ -80,12 +80,12 @@ class HopperTiles:
 
 
 @dataclass(frozen=True)
-class AmpereTiles:
-    """A tile of block_m rows by block_n features for `ampere.py`: K in `split_k` parts, in turns of `depth` steps.
+class FewTiles:
+    """A tile of block_m rows by block_n features, 8 or 16 rows and 64 features or so: K in turns of `depth` steps.
 
-    block_m: 8 or a multiple. block_n: 16 features a warp or a power of two more. block_words: 8 or 16, which lie in one group;
-    K is a whole number of turns. registers: most of a lane; 0: what it takes. whole: tiles whose K one program does; only K of
-    those after them is split, so that all multiprocessors have as much to do.
+    block_m: 8 or a multiple. block_n: 16 features a warp or a power of two more. block_words: of a step, in one group. K is a
+    whole number of turns. registers: most of a lane; 0: what it takes. whole: tiles whose K one program does; only K of those
+    after them is divided, into `split_k` parts, so that all multiprocessors have as much to do.
     """
 
     block_m: int
@@ -103,31 +103,12 @@ class AmpereTiles:
         return self.block_m
 
 
-@dataclass(frozen=True)
-class HopperFewTiles:
-    """A tile of block_m rows by block_n features for `hopper_few.py`: K in turns of `depth` steps of 64 columns.
+class AmpereTiles(FewTiles):
+    """Of `ampere.py`. block_words: 8 or 16."""
 
-    block_m: 8 or a multiple. block_n: 16 features a warp or a power of two more; 4 or 8 warps. K is a whole number of turns.
-    split_k, registers and whole: as in `AmpereTiles`.
-    """
 
-    block_m: int
-    block_n: int
-    depth: int
-    split_k: int
-    num_warps: int
-    registers: int = 0
-    whole: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of x a program takes."""
-        return self.block_m
-
-    @property
-    def block_words(self) -> int:
-        """Words of a step."""
-        return 8
+class HopperFewTiles(FewTiles):
+    """Of `hopper_few.py`. block_words: 8, one block of 64 columns. num_warps: 4 or 8."""
 
 
 @dataclass(frozen=True)

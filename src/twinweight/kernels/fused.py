@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import traits_of
-from .forms import AmpereTiles, DeviceTraits, DotTiles, HopperFewTiles, HopperTiles
+from .forms import AmpereTiles, DeviceTraits, DotTiles, FewTiles, HopperFewTiles, HopperTiles
 from .launch import COUNTERS, Launch, Plan, counters, plan
 from .tiles import fused_tiles, plain_tiles
 from .unpack import (
@@ -272,7 +272,7 @@ def _plan(
         t = plain_tiles(m, n, k, group_size, traits, zero_points)
     whole = 0 if isinstance(t, DotTiles) else t.whole
     tiles_m, tiles_n = -(-m // t.rows), -(-n // t.block_n)
-    few = isinstance(t, AmpereTiles | HopperFewTiles)  # whose grid has an axis for rows
+    few = isinstance(t, FewTiles)  # whose grid has an axis for rows
     split = tiles_m * (tiles_n - whole) if few else tiles_m * tiles_n - whole
     if split < 0 or (t.split_k > 1 and split > COUNTERS):
         raise ValueError(f"tiles: expected up to {COUNTERS} of split K, found {split} beside {whole}, in {t.split_k} parts")
@@ -306,6 +306,8 @@ def _plan(
             grid = (whole + (tiles_n - whole) * t.split_k, tiles_m, 1)
             integers = (*integers, tiles_n - whole, turns // t.split_k)
             if isinstance(t, HopperFewTiles):
+                if t.block_words != 8:
+                    raise ValueError(f"tiles: expected steps of 8 words, found {t}")
                 from .hopper_few import hopper_few_dot_kernel as kernel
 
                 constants = (*flags, t.block_m, t.block_n, t.depth, parts > 0)

@@ -88,7 +88,7 @@ def hopper_few_candidates(
     depth = next(depth for depth in (4, 2, 1) if k % (64 * depth) == 0)
     for block_n, registers, pair_us in _HOPPER_FEW_SIZES[zeros]:
         for us, split, whole in _divided(-(-n // block_n), k // (64 * depth), pair_us, traits.multiprocessors):
-            yield us, HopperFewTiles(16, block_n, depth, split, 4, registers, whole)
+            yield us, HopperFewTiles(16, block_n, 8, depth, split, 4, registers, whole)
 
 
 def _divided(tiles: int, turns: int, pair_us: tuple[float, ...], sms: int) -> Iterator[tuple[float, int, int]]:
