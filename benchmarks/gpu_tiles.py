@@ -15,6 +15,7 @@ import multiprocessing
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import gpu_paths
 import torch
@@ -34,18 +35,17 @@ ROWS = [1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
 def candidates(m: int, n: int, k: int, zeros: bool) -> list[Tiles]:
     """What may be good for m rows: the best of each size by the models in `rounds.py`, and from 17 to 32 some of `fused.py`."""
     traits = device.traits_of(torch.device("cuda", 0))
-    modelled: list[tuple[float, Tiles]]
+    modelled: list[tuple[float, Any, int, int]]
     if m <= 16:
         modelled = list(rounds.ampere_candidates(m, n, k, 128, traits, zeros))
-        modelled += rounds.hopper_few_candidates(m, n, k, traits, zeros) if m > 8 and traits.wgmma else []
+        modelled += rounds.hopper_few_candidates(n, k, traits, zeros) if m > 8 and traits.wgmma else []
     else:
-        found = rounds.hopper_candidates(m, n, k, traits, zeros)
-        modelled = [(us, replace(size, split_k=parts, whole=whole)) for us, size, parts, whole in found]
-    least = min(us for us, _ in modelled)
+        modelled = list(rounds.hopper_candidates(m, n, k, traits, zeros))
+    modelled.sort(key=lambda candidate: candidate[0])
     by_size: dict[Tiles, list[Tiles]] = {}
-    for us, t in sorted(modelled, key=lambda candidate: candidate[0]):
-        if us < (1.4 if m <= 32 else 1.25) * least:
-            by_size.setdefault(replace(t, split_k=1, whole=0), []).append(t)
+    for us, size, split, whole in modelled:
+        if us < (1.4 if m <= 32 else 1.25) * modelled[0][0]:
+            by_size.setdefault(size, []).append(replace(size, split_k=split, whole=whole))
     chosen = [t for found in by_size.values() for t in found[: 8 if m <= 32 else 4]]
     if not 16 < m <= 32:
         return chosen

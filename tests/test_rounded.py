@@ -57,9 +57,10 @@ def test_a_weight_is_off_by_half_a_scale_and_products_see_it_so(dtype: torch.dty
 def test_as_many_rows_as_are_faster_go_by_it() -> None:
     head = OutputHead(96, 64, bias=False).bfloat16().requires_grad_(False)
     head.choose()
-    assert head.rounded is None
+    assert head.few is not None
+    assert head.few.rounded is None
     head.choose(rounded=True)
-    assert (head.most, head.rounded is not None) == (2, True)
+    assert (head.few.most, head.few.rounded is not None) == (2, True)
     for rows in (1, 2, 3):
         x = torch.randn(1, rows, 96).bfloat16()
         weight = head.weight if rows > 2 else Rounded(head.weight).dense()
@@ -105,7 +106,8 @@ def test_what_is_not_faster_is_not_kept(small: None, monkeypatch: pytest.MonkeyP
     heads.quicken([head], rounded=True)
     ours.choose(rounded=True)
     assert heads.chosen([head]) == [False]
-    assert ours.rounded is None
+    assert ours.few is not None
+    assert ours.few.rounded is None
 
 
 @pytest.mark.usefixtures("small")
@@ -121,7 +123,8 @@ def test_small_heads_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
         heads.quicken([head], rounded=True)
     ours.choose(rounded=True)
     assert heads.chosen([head]) == [False]
-    assert ours.rounded is None
+    assert ours.few is not None
+    assert ours.few.rounded is None
     assert "no output head here" in caplog.text
 
 
@@ -147,7 +150,7 @@ def test_a_model_is_loaded_with_it_and_its_bytes_are_counted(tmp_path: Path, mon
         monkeypatch.setenv("TWINWEIGHT_HEAD", request)
         model = twinweight.load(tmp_path, mode=mode, device="cpu", progress=False)
         head: Any = model.get_output_embeddings()
-        assert (head.rounded is not None) == (request == "int8" and mode == "soft")
+        assert (head.few.rounded is not None) == (request == "int8" and mode == "soft")
         assert head.weight is model.get_input_embeddings().weight  # which stays as it is
         logits = model(torch.arange(5)[None], logits_to_keep=1).logits
         assert logits.shape == (1, 1, 199)

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, cast, get_args
 
+from twinweight.asked import one_of
 from twinweight.errors import BudgetError, ConfigError
 from twinweight.knapsack import Item, solve
 from twinweight.workload import Workload
@@ -37,10 +38,7 @@ square of how much smaller the cache has become: fewer requests fit at once, and
 
 def check_mode(value: str) -> Mode:
     """`value` as a `Mode`; raises ConfigError naming the modes."""
-    for mode in get_args(Mode):
-        if value == mode:
-            return mode  # type: ignore[no-any-return]
-    raise ConfigError(f"mode is {value!r}, expected one of {', '.join(get_args(Mode))}")
+    return cast(Mode, one_of("mode", value, get_args(Mode)))
 
 
 NONE_PAYS = "no twin saves time in calls of these sizes"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from .forms import MOST_PARTS, SPLITS, AmpereTiles, DeviceTraits, HopperFewTiles, HopperTiles
+
+Size = TypeVar("Size", AmpereTiles, HopperFewTiles, HopperTiles)
 
 _AMPERE_SIZES: dict[tuple[bool, bool], tuple[tuple[int, int, tuple[float, ...]], ...]] = {
     (True, False): (
@@ -57,38 +60,46 @@ def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, 
     Of the times fitted to, up to 8 rows take 0.6 % more in the mean than the best of up to 32, and 2 % at most; with zero
     points 1.1 and 5 %.
     """
-    return min(ampere_candidates(m, n, k, group_size, traits, zeros), key=lambda candidate: candidate[0])[1]
+    return _best(ampere_candidates(m, n, k, group_size, traits, zeros))
 
 
 def ampere_candidates(
     m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False
-) -> Iterator[tuple[float, AmpereTiles]]:
-    """(microseconds by the model, tiles) of what may be good for `ampere.py`."""
+) -> Iterator[tuple[float, AmpereTiles, int, int]]:
+    """(microseconds by the model, size, `split_k`, `whole`) of what may be good for `ampere.py`."""
     words = 16 if k % 128 == 0 and (group_size == k or group_size % 128 == 0) else 8
     steps = k // (8 * words)
     depth = 2 if steps % 2 == 0 else 1
     for block_n, registers, pair_us in _AMPERE_SIZES[m <= 8, zeros]:
+        size = AmpereTiles(8 if m <= 8 else 16, block_n, words, depth, 1, 4, registers)
         for us, split, whole in _divided(-(-n // block_n), steps // depth, pair_us, traits.multiprocessors):
-            yield us, AmpereTiles(8 if m <= 8 else 16, block_n, words, depth, split, 4, registers, whole)
+            yield us, size, split, whole
 
 
-def hopper_few_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> HopperFewTiles:
+def hopper_few_tiles(n: int, k: int, traits: DeviceTraits, zeros: bool = False) -> HopperFewTiles:
     """Tiles of `hopper_few.py` for 9 to 16 rows, K a multiple of 64, by the same model.
 
     Of the times fitted to they take 1.0 % more in the mean than the best of up to 16, and 4 % at most; with zero points 0.7
     and 3 %.
     """
-    return min(hopper_few_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])[1]
+    return _best(hopper_few_candidates(n, k, traits, zeros))
 
 
 def hopper_few_candidates(
-    m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = False
-) -> Iterator[tuple[float, HopperFewTiles]]:
-    """(microseconds by the model, tiles) of what may be good for `hopper_few.py`."""
+    n: int, k: int, traits: DeviceTraits, zeros: bool = False
+) -> Iterator[tuple[float, HopperFewTiles, int, int]]:
+    """(microseconds by the model, size, `split_k`, `whole`) of what may be good for `hopper_few.py`."""
     depth = next(depth for depth in (4, 2, 1) if k % (64 * depth) == 0)
     for block_n, registers, pair_us in _HOPPER_FEW_SIZES[zeros]:
+        size = HopperFewTiles(16, block_n, 8, depth, 1, 4, registers)
         for us, split, whole in _divided(-(-n // block_n), k // (64 * depth), pair_us, traits.multiprocessors):
-            yield us, HopperFewTiles(16, block_n, 8, depth, split, 4, registers, whole)
+            yield us, size, split, whole
+
+
+def _best(candidates: Iterable[tuple[float, Size, int, int]]) -> Size:
+    """The tiles of least time by the model."""
+    _, size, split, whole = min(candidates, key=lambda candidate: candidate[0])
+    return replace(size, split_k=split, whole=whole)
 
 
 def _divided(tiles: int, turns: int, pair_us: tuple[float, ...], sms: int) -> Iterator[tuple[float, int, int]]:
@@ -150,8 +161,7 @@ def hopper_tiles(m: int, n: int, k: int, traits: DeviceTraits, zeros: bool = Fal
 
     Of what was measured 0.5 % slower in the mean than the best of up to 40, 6 % at most; with zero points 0.6 and 7 %.
     """
-    _, size, parts, whole = min(hopper_candidates(m, n, k, traits, zeros), key=lambda candidate: candidate[0])
-    return replace(size, split_k=parts, whole=whole)
+    return _best(hopper_candidates(m, n, k, traits, zeros))
 
 
 def hopper_candidates(

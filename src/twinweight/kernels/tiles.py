@@ -21,7 +21,9 @@ def decode_tiles(
     zeros: whether the weight has zero points.
     """
     if m <= 16 and traits.gluon and (group_size == k or group_size % 64 == 0) and k % 64 == 0:
-        return (hopper_few_tiles if m > 8 and traits.wgmma else ampere_tiles)(m, n, k, group_size, traits, zeros)
+        if m > 8 and traits.wgmma:
+            return hopper_few_tiles(n, k, traits, zeros)
+        return ampere_tiles(m, n, k, group_size, traits, zeros)
     return (fused_tiles if 16 < m <= 32 else plain_decode_tiles)(m, n, k, group_size, traits, zeros)
 
 

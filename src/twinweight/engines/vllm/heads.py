@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from twinweight import one_row
+from twinweight.few_rows import FewRows
 from twinweight.formats.common import is_head
-from twinweight.one_row import Product
-from twinweight.rounded import Rounded, most_rows
 
 log = logging.getLogger("vllm.twinweight")
 
@@ -33,18 +32,16 @@ def quicken(heads: list[Any], *, rounded: bool = False) -> None:
         theirs = head.cpu_linear
         if isinstance(theirs, _Chosen):
             continue
-        ways = _Chosen(theirs)
-        found = one_row.faster(head.weight, functools.partial(theirs, weight=head.weight, bias=None))
-        if found is not None:
-            ways.alone = found.product
-            ours, before = (f"{t.median * 1e3:.1f} ms" for t in (found.time, found.other))
-            log.info("Twinweight: a row of the output head %s in %s, in place of %s", list(head.weight.shape), ours, before)
+        few = FewRows(head.weight, functools.partial(theirs, weight=head.weight, bias=None), rounded=rounded)
+        size = list(head.weight.shape)
+        if few.alone is not None:
+            ours, before = (f"{t.median * 1e3:.1f} ms" for t in (few.alone.time, few.alone.other))
+            log.info("Twinweight: a row of the output head %s in %s, in place of %s", size, ours, before)
         if rounded and one_row.is_large(head.weight):
-            ways.round(head.weight)
-            size, nbytes = list(head.weight.shape), head.weight.numel()
-            log.info("Twinweight: up to %d rows of the output head %s in 8 bits (%d MiB)", ways.most, size, nbytes >> 20)
-        if ways.alone is not None or ways.most:
-            head.cpu_linear = ways
+            nbytes = head.weight.numel()
+            log.info("Twinweight: up to %d rows of the output head %s in 8 bits (%d MiB)", few.most, size, nbytes >> 20)
+        if few.serve:
+            head.cpu_linear = _Chosen(theirs, few)
     if rounded and not any(one_row.is_large(head.weight) for head in heads):
         log.info("Twinweight: no output head here that 8 bits would serve (16 bits, on a CPU, %d MiB)", one_row.LARGE >> 20)
 
@@ -53,7 +50,7 @@ def refresh(heads: list[Any]) -> None:
     """After other values were written into their weights."""
     for head in heads:
         if isinstance(head.cpu_linear, _Chosen):
-            head.cpu_linear.refresh(head.weight)
+            head.cpu_linear.few.refresh(head.weight)
 
 
 def chosen(heads: list[Any]) -> list[bool]:
@@ -62,29 +59,11 @@ def chosen(heads: list[Any]) -> list[bool]:
 
 
 class _Chosen:
-    """vLLM's product, but for a single row, where there is a faster one (`alone`), and for up to `most` by 8 bits."""
+    """vLLM's product, but for few rows."""
 
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
-        self.alone: Product | None = None
-        self.rounded: Rounded | None = None
-        self.most = 0
-
-    def round(self, weight: Tensor) -> None:
-        """Take the weight's 8 bits for as many rows as they are faster for, if any."""
-        rounded = Rounded(weight)
-        self.most = most_rows(rounded, functools.partial(self, weight=weight, bias=None))
-        self.rounded = rounded if self.most else None
-
-    def refresh(self, weight: Tensor) -> None:
-        """After other values were written into the weight."""
-        if self.rounded is not None:
-            self.rounded.refill(weight)
+    def __init__(self, theirs: Any, few: FewRows) -> None:
+        self.theirs, self.few = theirs, few
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None and x.dim() == 2:
-            if self.rounded is not None and x.shape[0] <= self.most:
-                return self.rounded(x)
-            if self.alone is not None and x.shape[0] == 1:
-                return self.alone(x, weight)
-        return self.theirs(x, weight, bias)  # type: ignore[no-any-return]
+        found = self.few(x, weight) if bias is None and x.dim() == 2 else None
+        return self.theirs(x, weight, bias) if found is None else found
