@@ -61,7 +61,8 @@ PAIRS += [
     pytest.param(case, "int4", tiles, id=f"{case}-int4-{name}")
     for case in CASES
     for name, tiles in FEW_TILES.items()
-    if ON_AMPERE and not case.strided and case.k % (8 * tiles.block_words * tiles.depth * tiles.split_k) == 0
+    if ON_AMPERE and not case.strided and case.k % (8 * tiles.block_words * tiles.depth) == 0
+    if case.k > 16 * tiles.block_words * tiles.depth * (tiles.split_k - 1)
     if case.group_size == case.k or case.group_size % (8 * tiles.block_words) == 0
 ]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from twinweight.kernels.forms import MOST_PARTS, DeviceTraits, DotTiles, FewTiles, HopperFewTiles, HopperTiles
 from twinweight.kernels.launch import COUNTERS
 from twinweight.kernels.tiles import decode_tiles, fused_tiles
-from twinweight.kernels.unpack import check_turn
+from twinweight.kernels.unpack import check_turns
 
 H200 = DeviceTraits("nvidia", 32, 132, 232448, rounds_bf16=True, ptx=True, wgmma=True, gluon=True)
 A100 = DeviceTraits("nvidia", 32, 108, 166912, rounds_bf16=True, ptx=True, gluon=True)
@@ -52,7 +52,7 @@ def test_tiles_are_legal(
         assert t.block_n >= 16 * t.num_warps
         assert t.whole == 0 or t.split_k > 1
         assert t.split_k <= MOST_PARTS
-        assert check_turn(t.block_words, t.depth, t.split_k, k, 0 if group_size == k else group_size) >= t.split_k
+        assert check_turns(t.block_words, t.depth, t.split_k, k, 0 if group_size == k else group_size) >= t.split_k
     elif isinstance(t, HopperTiles):
         assert traits.wgmma
         assert traits.gluon

@@ -96,8 +96,9 @@ def group_of(found, i: gl.constexpr, DEPTH: gl.constexpr, DTYPE: gl.constexpr):
 @gluon.jit
 def place_of(turns, whole, split, divided, short, SPLITS: gl.constexpr):
     """(tile, part, first turn, last turn) of a program: all turns of a tile, or, with SPLITS, from tile `whole` on those of one
-    of `split` parts of the `divided` tiles there, `short` or one more. Programs of all first parts, which are the longer ones,
-    come first, so that multiprocessors get equally many. There are no divisions, which would take longer than a turn.
+    of `split` parts of the `divided` tiles there. A part is `short` pairs of turns or one more, since loops go by pairs.
+    Programs of all first parts, which are the longer ones, come first, so that multiprocessors get equally many. There are no
+    divisions, which would take longer than a turn.
     """
     tile = gl.program_id(0)
     part = -1
@@ -109,9 +110,9 @@ def place_of(turns, whole, split, divided, short, SPLITS: gl.constexpr):
             if tile - whole >= divided:
                 tile -= divided
                 part += 1
-        longer = turns - split * short
-        first = part * short + gl.minimum(part, longer)
-        last = first + short + (part < longer).to(gl.int32)
+        longer = (turns + 1 >> 1) - split * short
+        first = 2 * (part * short + gl.minimum(part, longer))
+        last = gl.minimum(first + 2 * (short + (part < longer).to(gl.int32)), turns)
     return tile, part, first, last
 
 

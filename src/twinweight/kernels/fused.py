@@ -31,7 +31,7 @@ from .unpack import (
     biased_zeros,
     check_linear,
     check_step,
-    check_turn,
+    check_turns,
     check_weight,
     group_at,
     group_columns,
@@ -302,9 +302,9 @@ def _plan(
             grid = (whole + split * t.split_k, 1, 1)
             constants = (*flags, t.block_m, t.more_m, t.block_n, parts > 0, t.group_n, packed_as)
         else:
-            turns = check_turn(t.block_words, t.depth, t.split_k, k, group)
+            pairs = check_turns(t.block_words, t.depth, t.split_k, k, group)
             grid = (whole + (tiles_n - whole) * t.split_k, tiles_m, 1)
-            integers = (*integers, tiles_n - whole, turns // t.split_k)
+            integers = (*integers, tiles_n - whole, pairs // t.split_k)
             if isinstance(t, HopperFewTiles):
                 if t.block_words != 8:
                     raise ValueError(f"tiles: expected steps of 8 words, found {t}")

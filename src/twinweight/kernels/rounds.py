@@ -51,6 +51,7 @@ _HOPPER_FEW_SIZES: dict[bool, tuple[tuple[int, int, tuple[float, ...]], ...]] = 
 """Zero points -> the same of `hopper_few.py`."""
 
 _TURNS_FILL, _TURNS_SPLIT_US = 0.5, 0.8  # pairs of turns to begin and to end with; where K is split
+_LONGER = 0.25  # how much of the longer parts' further pair counts, beside that of the mean
 
 
 def ampere_tiles(m: int, n: int, k: int, group_size: int, traits: DeviceTraits, zeros: bool = False) -> AmpereTiles:
@@ -112,7 +113,7 @@ def _divided(tiles: int, turns: int, pair_us: tuple[float, ...], sms: int) -> It
     wholes = (whole for whole in range(0, tiles, sms) if tiles - whole <= most * sms)
     for whole, split in itertools.product(wholes, range(2, MOST_PARTS + 1)):
         rounds, before = divmod(whole // sms, most)
-        parts, part = (tiles - whole) * split / sms, -(-turns // (2 * split))
+        parts, part = (tiles - whole) * split / sms, _LONGER * -(-pairs // split) + (1 - _LONGER) * pairs / split
         if turns >= 2 * split and before + parts <= most:
             us = rounds * (pairs + _TURNS_FILL) * pair_us[-1] + (part + _TURNS_FILL) * _shared_us(pair_us, before + parts, 0.5)
             yield us + (pairs - part) * _shared_us(pair_us, before, 0.5) + _TURNS_SPLIT_US, split, whole

@@ -294,15 +294,16 @@ def check_step(block_words: int, group: int) -> None:
         raise ValueError(f"block_words: expected {expected}, found {block_words}")
 
 
-def check_turn(block_words: int, depth: int, split_k: int, k: int, group: int) -> int:
-    """The turns that K is. Raises ValueError unless it is a whole number of them, in as many parts at least, and a step lies in
-    one group.
+def check_turns(block_words: int, depth: int, split_k: int, k: int, group: int) -> int:
+    """The pairs of turns that K is, the last of which may be one turn. Raises ValueError unless it is whole turns, a pair for
+    each part at least, and a step lies in one group.
     """
     columns = 8 * block_words
-    if block_words not in (8, 16) or group % columns or k % (columns * depth) or split_k > k // (columns * depth):
+    pairs = -(-k // (2 * columns * depth))
+    if block_words not in (8, 16) or group % columns or k % (columns * depth) or split_k > pairs:
         found = f"{depth} steps of {columns} columns, K in {split_k} parts"
         raise ValueError(f"tiles: expected turns of one group's steps for K={k} in groups of {group or k}, found {found}")
-    return k // (columns * depth)
+    return pairs
 
 
 def check_weight(packed: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int, k: int) -> tuple[int, int, int]:
