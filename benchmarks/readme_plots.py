@@ -19,7 +19,7 @@ _N, _K = 28672, 4096
 _OURS = {"int4": "int4", "fused": "fused", "stream": "stream", "twin": "twin:bfloat16", "fp8-row": "twin:fp8-row"}
 _PEERS = ("marlin", "machete", "humming")
 # `server` of llama-3.1-8b, off and on, each pair on one H200. Over Marlin on is with "reload": false.
-_SERVERS = {"Marlin": ("10-0-3", "10-0-4"), "Machete": ("10-1-1", "10-1-3")}
+_SERVERS = {"Marlin": ("10-0-3", "10-0-4"), "Machete": ("18-0-1", "18-0-2")}
 
 
 def paths(directory: Path) -> Path:

@@ -107,7 +107,7 @@ def test_identity_gives_the_weight(
 @pytest.mark.skipif(not ON_AMPERE, reason="needs an NVIDIA GPU, Ampere or later")
 @pytest.mark.parametrize("tiles", FEW_TILES.values(), ids=FEW_TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(768, 128, False), (768, 128, True), (512, 512, False)])
+@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(768, 128, False), (768, 128, True), (1024, 1024, False)])
 def test_identity_gives_the_weight_in_tiles_of_few_rows(
     k: int, group_size: int, symmetric: bool, dtype: torch.dtype, tiles: Tiles
 ) -> None:

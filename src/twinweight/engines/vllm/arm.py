@@ -70,7 +70,7 @@ def run(
     """Start the server and measure every point.
 
     Returns {"startup_s", "kv_tokens", "inner_kernel", "twinweight" (the plugin's report, or None), "points": [{"prompt_tokens",
-    "concurrency", "ttft_s", "tpot_s", "itl_s"}]}; the times are lists, one for each repeat (`_requests`). `done` is given what
+    "concurrency", "ttft_s", "tpot_s", "itl_s"}]}; the times are lists, one for each repeat (`requests`). `done` is given what
     there is after every point. Raises TwinweightError where twins are asked for and the plugin is not installed.
     """
     if resolve(job.llm.get("additional_config", {}), os.environ).mode != "off" and not entry_points(**PLUGIN):
@@ -99,12 +99,12 @@ def run(
             step(f"{prompt} tokens, {batch} at once")
         first = prompt, min(batch, _WARM)
         if first not in warm:
-            _requests(llm, *first, vocabulary, 2, seed=0)
+            requests(llm, *first, vocabulary, 2, seed=0)
             warm.add(first)
         samples: list[tuple[float, ...]] = []
         began = time.monotonic()
         while len(samples) < job.work.repeats or (len(samples) < _MOST and time.monotonic() - began < job.work.seconds):
-            samples.append(_requests(llm, prompt, batch, vocabulary, job.work.output_tokens, seed=1 + len(samples)))
+            samples.append(requests(llm, prompt, batch, vocabulary, job.work.output_tokens, seed=1 + len(samples)))
         times = {name: [s[i] for s in samples] for i, name in enumerate(TIMES)}
         result["points"].append({"prompt_tokens": prompt, "concurrency": batch, **times})
         if done is not None:
@@ -112,7 +112,7 @@ def run(
     return result
 
 
-def _requests(llm: Any, prompt: int, batch: int, vocabulary: int, output_tokens: int, seed: int) -> tuple[float, float, float]:
+def requests(llm: Any, prompt: int, batch: int, vocabulary: int, output_tokens: int, seed: int) -> tuple[float, float, float]:
     """`TIMES` of one batch of requests, in seconds: means over them to the first token, and for each that follows; and the
     latter of the request whose first token came last, behind which there is no prompt left to be prefilled.
 
