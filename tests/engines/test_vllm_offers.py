@@ -138,12 +138,15 @@ def test_an_output_head_gets_a_copy_for_decode_and_no_twin_for_prompts() -> None
     assert kind_of(head).key == kind_of(other).key
     chunks = Workload.prefill(1024)
     found = {name: offers.offer(kernel, machete(), None, 0) for name, kernel in (("head", head), ("other", other))}
-    twin, copy, both = found["head"].options(chunks)
-    assert (twin.saved_us, both.saved_us) == (0, copy.saved_us)
-    assert found["head"].options(chunks) == found["other"].options(Workload.prefill(HEAD_ROWS))
+    (copy,) = found["head"].options(chunks)
+    assert copy == found["other"].options(Workload.prefill(HEAD_ROWS))[1]
+    assert copy.saved_us > 0
     assert found["other"].options(chunks)[0].saved_us > 0
     assert found["head"].gains(chunks).keys() == {1024}
-    assert found["head"].route(found["head"].forms[0]) == found["other"].route(found["other"].forms[0])
+    assert found["head"].route(found["head"].forms[0]) == found["other"].route(found["other"].forms[1])
+    # Nor where a twin was timed as faster for few rows, as on a CPU with AMX it may be.
+    soon = measured(int4=[30] * 5, own=[20] * 5, fused=[20] * 5, stream=[150] * 5, twin_bfloat16=[10] * 5)
+    assert [form.name for form in offers.offer(head, soon, None, 0).forms] == ["own"]
     assert offers.offer(head, None, 9, 0).forms == ()
     assert offers.offer(other, None, 9, 0).forms != ()
 

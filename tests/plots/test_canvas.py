@@ -105,7 +105,8 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("us", "text"), [(0.5, "0.5 us"), (999, "999 us"), (1e3, "1 ms"), (2.5e6, "2.5 s"), (1234567890, "1,235 s")]
+    ("us", "text"),
+    [(0.5, "0.5 us"), (999, "999 us"), (999.7, "1,000 us"), (1e3, "1 ms"), (2.5e6, "2.5 s"), (1234567890, "1,235 s")],
 )
 def test_durations(us: float, text: str) -> None:
     assert canvas.duration(us) == text

@@ -136,7 +136,7 @@ def log_axis(axis: Any, text: Callable[[float], str]) -> None:
 
 def number(value: float) -> str:
     """A number in few digits: 1,234, 12.3, 0.05."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def duration(us: float) -> str:

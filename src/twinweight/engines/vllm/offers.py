@@ -117,12 +117,13 @@ def offer(
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
     twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for. layers: as in
-    `costs`.
+    `costs`. An output head, whose calls have few rows, has no twin.
     """
-    offered, most = forms_of(kernel, lossy), most_rows(kernel)
+    most = most_rows(kernel)
+    offered = tuple(f for f in forms_of(kernel, lossy) if not (most and f.is_twin))
     if measured is not None:
         return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu", most=most, layers=layers)
-    given = tuple(f for f in offered if not f.paths) if rows is not None and not most else ()
+    given = tuple(f for f in offered if not f.paths) if rows is not None else ()
     return Given(given, kernel.n * kernel.k, max(rows or 0, least))
 
 
