@@ -23,7 +23,7 @@ from twinweight.weight import SYMMETRIC_ZERO, Int4Weight, pack_nibbles, unpack_n
 
 _ROWS = 64  # rows are padded to ATen's widest block, so that every block is whole
 _GROUPS = (256, 128, 64, 32)  # group sizes the kernel takes
-_EXPANDED = 1 << 20  # weights expanded at a time: their fp32 values stay in the second-level caches
+_EXPANDED = 2 << 20  # weights expanded at a time: they stay in the caches from one pass to the next
 _MIRRORED = (3, 5, 11, 15)  # zero points whose groups are stored as 15 - q
 
 
@@ -97,27 +97,40 @@ def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     """As `expand`, for output features first to last (first a multiple of 64), into out [last - first, K]."""
     if first % _ROWS:
         raise ValueError(f"first is {first}, expected a multiple of {_ROWS}")
-    size, low, high = _block()
+    size = _block()[0]
     cols = w.packed.shape[1] * 2
     blocks = w.packed.view(-1, cols, size // 2)[first // size : -(-last // size)]
-    order = w.perm.long() if w.perm is not None else None
+    order = w.perm.long() if w.perm is not None else slice(w.k)
+    as_they_lie = w.perm is None and cols == w.k
+    scales, zeros = w.scales[:, first:].permute(2, 1, 0).unsqueeze(-1).contiguous()  # [N', groups, 1] each
+    shifted = bool(zeros.any())
+    if shifted or out.dtype != scales.dtype:
+        scales, zeros = scales.float(), zeros.float()
     step = max(1, _EXPANDED // (cols * size))
     for at in range(0, blocks.shape[0], step):
-        pairs = blocks[at : at + step].transpose(1, 2).contiguous()  # [blocks, size / 2, K']
-        values = torch.empty(pairs.shape[0], size, cols)
-        values[:, low] = (pairs & 15).float()
-        values[:, high] = (pairs >> 4).float()
-        start, stop = at * size, min((at + pairs.shape[0]) * size, last - first)
-        scales = w.scales[:, first + start :][:, : values.shape[0] * size]
-        scale, zero = scales.float().permute(2, 1, 0).contiguous().unsqueeze(-1)
-        dense = values.view(-1, scale.shape[1], w.group_size)
-        # q * s + (z - 8 s) has at most 13 significant bits at every step: fp32 holds it exactly.
-        torch.addcmul(zero - SYMMETRIC_ZERO * scale, dense, scale, out=dense)
-        rows = dense.view(-1, cols)[: stop - start, : w.k]
-        if order is None:
-            out[start:stop] = rows
+        part = slice(at * size, min((at + step) * size, last - first))
+        values = _signed(blocks[at : at + step])[: part.stop - part.start]
+        rows = out[part] if as_they_lie else torch.empty(values.shape, dtype=out.dtype)
+        values, dense = (t.view(len(t), -1, w.group_size) for t in (values, rows))
+        scale = scales[part]
+        # (q - 8) * s + z has at most 13 significant bits at every step: fp32 holds it exactly, and a product rounds once.
+        if shifted:
+            dense.copy_(values.float().mul_(scale).add_(zeros[part]))
         else:
-            out[start:stop, order] = rows.to(out.dtype)
+            torch.mul(values.to(scale.dtype), scale, out=dense)
+        if not as_they_lie:
+            out[part, order] = rows[:, : w.k]
+
+
+def _signed(blocks: Tensor) -> Tensor:
+    """Blocks [B, K', rows / 2] of ATen's layout -> int8 [B * rows, K'], q - 8. In few passes over bytes: that is most of the
+    time of an expansion.
+    """
+    size, low, high = _block()
+    pairs = blocks.transpose(1, 2).contiguous()
+    values = torch.empty(len(pairs), size, pairs.shape[2], dtype=torch.uint8)
+    values[:, low], values[:, high] = pairs & 15, pairs >> 4
+    return values.view(torch.int8).sub_(SYMMETRIC_ZERO).flatten(0, 1)
 
 
 def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weight:
