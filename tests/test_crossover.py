@@ -98,13 +98,47 @@ def test_a_twin_that_no_plan_takes_is_timed_on_the_grid_alone(
     found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
     between = set(timed) - set(GRID["cpu"])
     assert len(between) >= 5
-    assert all("twin:float32" in timed[m] for m in GRID["cpu"])
+    assert all("twin:float32" in timed[m] for m in (1, 512))
     assert not any("twin:float32" in timed[m] for m in between)
     assert set(found.times) == set(clock)
     clock["twin:float32"] = lambda m: (0.9 if m == 1 else 1.5) * clock["twin:bfloat16"](m)  # the faster one somewhere
     timed.clear()
     time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
     assert any("twin:float32" in timed[m] for m in set(timed) - set(GRID["cpu"]))
+
+
+def test_on_a_cpu_the_two_paths_of_a_takeover_are_timed_around_it(
+    clock: dict[str, Callable[[int], float]], timed: dict[int, set[str]]
+) -> None:
+    """A twin that takes a tenth of what its weight takes without says nothing of where `stream` takes over from int4."""
+    clock["twin:bfloat16"] = lambda m: 1e-4 + 4e-7 * m
+    time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    between = [m for m in timed if 128 < m < 256]  # at 128 rows `stream` is 2 % ahead
+    assert between
+    assert all(timed[m] == {"int4", "stream"} for m in (*between, 128, 256))  # the ends once more
+    assert all(timed[m] == {"int4", "twin:bfloat16"} for m in timed if 8 < m < 16)
+    assert "stream" not in timed[2] | timed[8]  # far behind int4 at one row and at four
+
+
+def test_a_call_that_is_disturbed_at_a_size_of_the_grid_moves_no_takeover(
+    clock: dict[str, Callable[[int], float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at 128 or 256 rows, by which `stream` seemed to take over at 256 or beyond, not at 125."""
+    rows, undisturbed = search.time_rows, time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    first = {128, 256}
+
+    def disturbed(ways: dict[str, object], m: int, *args: object, **more: object) -> dict[str, Timing]:
+        times = rows(ways, m, *args, **more)  # type: ignore[arg-type]
+        if m in first:
+            first.remove(m)
+            times["stream"] = times["stream"].times(2.0)
+        return times
+
+    monkeypatch.setattr(search, "time_rows", disturbed)
+    found = time_variants(dict.fromkeys(clock, lambda x: x), 64, 64, torch.bfloat16, CPU)
+    assert not first
+    start, expected = (of.route(["int4", "stream"]).starts[1] for of in (found, undisturbed))
+    assert start == pytest.approx(expected, rel=0.1)
 
 
 def test_stairs_are_found_where_they_begin(monkeypatch: pytest.MonkeyPatch) -> None:

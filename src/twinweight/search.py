@@ -43,6 +43,7 @@ _ROUNDS = 4  # halvings of a gap; three bring a factor of two below _CLOSE, nois
 _LEAST_SIZES = 5  # the coarsest grid of rows: 1, 32, 192, 512 and 8192 on a GPU
 _ENOUGH = 16  # samples of a size and path
 _PATIENCE = {"cpu": 0.1, "gpu": 0.006}  # seconds a path for more than the least of them
+_BRIEF = 0.06  # the same on a CPU around takeovers that are not stairs, where paths are long
 
 _Route = tuple[Sequence[str], Sequence[tuple[int, str]]]
 """The choices of a route, and its pieces by the times so far."""
@@ -102,24 +103,28 @@ class Search:
             if started is not None and len(self.found) >= _LEAST_SIZES and time.perf_counter() - started > self.seconds:
                 self.whole = False
                 break
-            behind = _behind(self.found, m) if self.device.type != "cpu" and len(self.found) >= _LEAST_SIZES else set()
-            self._time(m, behind)
+            self._time(m, self._behind(m) if len(self.found) >= _LEAST_SIZES else set())
             started = started or time.perf_counter()
         self._spent = time.perf_counter() - (started or time.perf_counter())
 
     def around_takeovers(self) -> Measured:
         """Time the sizes around takeovers, and return all times."""
         started = time.perf_counter() - self._spent
-        surpassed = _surpassed(_joined(self.found, self.n), partial(twin.nbytes, n=self.n, k=self.k, device=self.device))
+        surpassed = self._surpassed()
+        again: set[int] = set()
         for _ in range(_ROUNDS):
             measured = _joined(self.found, self.n)
-            orders = self.orders or _usual(measured, surpassed)
-            routes = [(choices, measured.pieces(choices)) for choices in orders]
+            routes = [(choices, measured.pieces(choices)) for choices in self._orders(surpassed)]
+            rivals = _around_takeovers(measured, routes)
+            if self.device.type == "cpu":
+                ends = _ends(measured, routes)
+                rivals = {m: rivals.get(m, set()) | ends.get(m, set()) for m in {*rivals, *ends} - again}
+                again |= rivals.keys()
             looked_into = _contested(measured, routes) if self.device.type != "cpu" else set()
-            for m in sorted(_around_takeovers(measured, routes) | looked_into):
+            for m in sorted(rivals.keys() | looked_into):
                 if time.perf_counter() - started > self.seconds:
                     return replace(_joined(self.found, self.n), whole=False)
-                self._time(m, _behind(self.found, m) | surpassed)
+                self._time(m, set(self.variants) - rivals[m] if self.device.type == "cpu" else self._behind(m) | surpassed)
         return replace(_joined(self.found, self.n), whole=self.whole)
 
     @property
@@ -137,8 +142,26 @@ class Search:
 
     def _time(self, m: int, left_out: Collection[str]) -> None:
         near = {c: call for c, call in self.variants.items() if c not in left_out}
-        others = {c: _between(self.found, self.n, c, m) for c in left_out}
-        self.found[m] = {**time_rows(near, m, self.k, self.dtype, self.device, wrap=self.wraps(m)), **others}
+        before = self.found.get(m) or {c: _between(self.found, self.n, c, m) for c in left_out}
+        patience = _BRIEF if self.device.type == "cpu" and len(self.found) > len(GRID["cpu"]) and m > _STEPPED else None
+        times = time_rows(near, m, self.k, self.dtype, self.device, wrap=self.wraps(m), patience=patience)
+        self.found[m] = {**before, **{c: min(t, before.get(c, t), key=lambda t: t.min) for c, t in times.items()}}
+
+    def _orders(self, surpassed: Collection[str]) -> Sequence[Sequence[str]]:
+        return self.orders or _usual(_joined(self.found, self.n), surpassed)
+
+    def _surpassed(self) -> set[str]:
+        return _surpassed(_joined(self.found, self.n), partial(twin.nbytes, n=self.n, k=self.k, device=self.device))
+
+    def _behind(self, m: int) -> set[str]:
+        """What is far from the best at the sizes timed on either side of `m`: it is taken to be between them there. On a CPU
+        the best of each route counts, as a twin may be a tenth of what its weight takes without; on a GPU that of all.
+        """
+        around = _around(self.found, m)
+        orders = self._orders(self._surpassed()) if self.device.type == "cpu" else [list(self.variants)]
+        least = [(order, at, min(at[c].min for c in order)) for order in orders for at in around]
+        near = {c for order, at, best in least for c in order if at[c].min <= _BEHIND * best}
+        return set(self.variants) - near
 
 
 def load_together(searches: Iterable[Search], seconds: float) -> None:
@@ -166,12 +189,6 @@ def _between(found: Mapping[int, dict[str, Timing]], n: int, choice: str, m: int
     """What a path should take at a size, by its times on either side; as sure as they are."""
     seconds = _joined(found, n).time_at(choice, m)
     return Timing(seconds, seconds, seconds, max(at[choice].spread for at in _around(found, m)))
-
-
-def _behind(found: Mapping[int, dict[str, Timing]], m: int) -> set[str]:
-    """What is far from the best at the sizes timed on either side of `m`: it is taken to be between them there."""
-    around = _around(found, m)
-    return {c for c in around[0] if all(at[c].min > _BEHIND * min(t.min for t in at.values()) for at in around)}
 
 
 def _coarse_first(sizes: Sequence[int]) -> list[int]:
@@ -237,12 +254,12 @@ def _usual(measured: Measured, surpassed: Collection[str]) -> list[tuple[str, ..
     return [measured.plain, *map(measured.with_twin, twins)]
 
 
-def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> set[int]:
-    """Sizes to time in the gaps in which one path takes over from another, on any of these routes."""
-    ms: set[int] = set()
+def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> dict[int, set[str]]:
+    """Sizes to time in the gaps in which one path takes over from another, on any of these routes, and the paths that do."""
+    rivals: dict[int, set[str]] = {}
     for _, pieces in routes:
-        for start, _ in pieces[1:]:
-            before = measured.ms[measured.ms.index(start) - 1]
+        for (_, before_it), (start, path) in itertools.pairwise(pieces):
+            before, ms = _size_before(measured, start), set()
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1
                 # Stairs begin behind a multiple of 4 or more; where there are none, a takeover is between two of these.
@@ -250,7 +267,25 @@ def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> set[int]:
                 ms |= {before + 2} if start - before == 4 else set()
             elif start > before * _CLOSE:
                 ms.add(round(math.sqrt(before * start)))
-    return ms - set(measured.ms)
+            for m in ms - set(measured.ms):
+                rivals[m] = rivals.get(m, set()) | {before_it, path}
+    return rivals
+
+
+def _ends(measured: Measured, routes: Sequence[_Route]) -> dict[int, set[str]]:
+    """The sizes on either side of each takeover on these routes, and the paths that it is between: a call that was disturbed
+    there would move it by a gap of the grid.
+    """
+    rivals: dict[int, set[str]] = {}
+    for _, pieces in routes:
+        for (_, before_it), (start, path) in itertools.pairwise(pieces):
+            for m in (_size_before(measured, start), start) if start > _STEPPED else ():
+                rivals[m] = rivals.get(m, set()) | {before_it, path}
+    return rivals
+
+
+def _size_before(measured: Measured, start: int) -> int:
+    return measured.ms[measured.ms.index(start) - 1]
 
 
 def _contested(measured: Measured, routes: Sequence[_Route]) -> set[int]:
