@@ -96,5 +96,5 @@ def _unpack_cpu(kernel: Wrapped, twin: Tensor) -> bool:
     step = max(16, _UNPACKED // kernel.k // 16 * 16)
     for start in range(0, kernel.n, step):
         stop = min(start + step, kernel.n)
-        twin[start:stop].view(-1, 16, kernel.k).copy_(layout.rows(start, stop).dense(kernel.dtype).transpose(1, 2))
+        twin[start:stop] = layout.rows(start, stop).dense(kernel.dtype)
     return True

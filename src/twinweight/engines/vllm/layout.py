@@ -45,21 +45,25 @@ class CpuLayout:
         return CpuLayout(self.words[start // 16 : stop // 16], self.scales[:, start:stop].contiguous(), zeros)
 
     def values(self) -> Tensor:
-        """The 4-bit values, uint8 [N, K]."""
-        blocks = self.words.shape[0]
-        return _nibbles(self.words).view(blocks, -1, 16).transpose(1, 2).reshape(blocks * 16, -1)
+        """The 4-bit values, uint8 [N, K]. Bytes are turned before they are unpacked: they are fewer, and one byte each."""
+        pairs = self.words.contiguous().view(torch.uint8).view(len(self.words), -1, 8).transpose(1, 2).contiguous()
+        values = torch.empty(len(pairs), 16, pairs.shape[2], dtype=torch.uint8)
+        values[:, 0::2], values[:, 1::2] = pairs & 15, pairs >> 4
+        return values.flatten(0, 1)
 
     def zero_points(self) -> Tensor | None:
         """uint8 [K/G, N], or None where all are 8."""
-        return None if self.zeros is None else _nibbles(self.zeros).view(self.zeros.shape[0], -1)
+        if self.zeros is None:
+            return None
+        data = self.zeros.contiguous().view(torch.uint8)
+        return torch.stack((data & 15, data >> 4), -1).flatten(1)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """[N/16, K, 16]. The kernel rounds (q - z) * s to the activation dtype before its GEMM, and so must a wider twin."""
-        blocks, groups = self.words.shape[0], self.scales.shape[0]
-        q = _nibbles(self.words).view(blocks, groups, -1, 16).float()
-        z = 8 if self.zeros is None else _nibbles(self.zeros).view(groups, blocks, 1, 16).transpose(0, 1)
-        s = self.scales.view(groups, blocks, 1, 16).transpose(0, 1).float()
-        return q.sub_(z).mul_(s).to(dtype).view(blocks, -1, 16)
+        """[N, K]. The kernel rounds (q - z) * s to the activation dtype before its GEMM, and so must a wider twin."""
+        zeros = self.zero_points()
+        q = self.values().view(torch.int8).view(self.scales.shape[1], self.scales.shape[0], -1)
+        q.sub_(8 if zeros is None else zeros.view(torch.int8).t().unsqueeze(-1))
+        return q.float().mul_(self.scales.float().t().contiguous().unsqueeze(-1)).to(dtype).flatten(1)
 
 
 def slice_of(kernel: Wrapped, n: int) -> Any:
@@ -72,8 +76,3 @@ def slice_of(kernel: Wrapped, n: int) -> Any:
     if inner.w_zp_name:
         names[inner.w_zp_name] = part.zeros
     return SimpleNamespace(use_w4a8=False, isa_hint=kernel.layer.isa_hint, **names)
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    data = words.contiguous().view(torch.uint8)
-    return torch.stack((data & 15, data >> 4), -1)
