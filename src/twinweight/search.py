@@ -259,7 +259,7 @@ def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> dict[int,
     rivals: dict[int, set[str]] = {}
     for _, pieces in routes:
         for (_, before_it), (start, path) in itertools.pairwise(pieces):
-            before, ms = _size_before(measured, start), set()
+            before, ms = measured.ms[measured.ms.index(start) - 1], set()
             if start <= _STEPPED:
                 octave = 1 << (start - 1).bit_length() - 1
                 # Stairs begin behind a multiple of 4 or more; where there are none, a takeover is between two of these.
@@ -268,24 +268,22 @@ def _around_takeovers(measured: Measured, routes: Sequence[_Route]) -> dict[int,
             elif start > before * _CLOSE:
                 ms.add(round(math.sqrt(before * start)))
             for m in ms - set(measured.ms):
-                rivals[m] = rivals.get(m, set()) | {before_it, path}
+                rivals.setdefault(m, set()).update((before_it, path))
     return rivals
 
 
 def _ends(measured: Measured, routes: Sequence[_Route]) -> dict[int, set[str]]:
-    """The sizes on either side of each takeover on these routes, and the paths that it is between: a call that was disturbed
-    there would move it by a gap of the grid.
+    """The sizes on either side of each takeover on these routes where few calls of its paths were timed, and these paths: one
+    that was disturbed there would move it by a gap of the grid.
     """
     rivals: dict[int, set[str]] = {}
     for _, pieces in routes:
         for (_, before_it), (start, path) in itertools.pairwise(pieces):
-            for m in (_size_before(measured, start), start) if start > _STEPPED else ():
-                rivals[m] = rivals.get(m, set()) | {before_it, path}
+            at = measured.ms.index(start)
+            for m in (at - 1, at) if start > _STEPPED else ():
+                if any(measured.times[c][m].doubt is None for c in (before_it, path)):
+                    rivals.setdefault(measured.ms[m], set()).update((before_it, path))
     return rivals
-
-
-def _size_before(measured: Measured, start: int) -> int:
-    return measured.ms[measured.ms.index(start) - 1]
 
 
 def _contested(measured: Measured, routes: Sequence[_Route]) -> set[int]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinweight import crossover
+from twinweight import cache, crossover
 from twinweight.cache import Cache
 from twinweight.engines.vllm import compat, measure, offers, own
 from twinweight.engines.vllm.kinds import Kind, kind_of, shape_of
@@ -133,13 +133,29 @@ def test_kinds_that_are_not_known_are_measured_and_kept(tmp_path: Path, monkeypa
     assert asked[2:] == [(layers[kind][0], measure.SECONDS / 2) for kind in (wide, tall)]
 
 
-def test_times_that_a_limit_cut_short_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([dataclasses.replace(TIMES, whole=False), TIMES])
+@pytest.mark.parametrize(("device", "measured_anew"), [("meta", [1, 2, 2]), ("cpu", [1, 1, 1])])
+def test_times_that_a_limit_cut_short_are_kept_where_nothing_is_compiled(
+    device: str, measured_anew: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start of a GPU has more time for the rest; a CPU's would take as long again, and again."""
+    asked: list[Measured] = []
     monkeypatch.setattr(compat, "version", lambda: "0.0")
-    monkeypatch.setattr(measure, "measure", lambda *args: [next(found)])
+    monkeypatch.setattr(measure, "compile_together", lambda calls: None)
+    monkeypatch.setattr(own, "can_have", lambda kernel: False)
+    monkeypatch.setattr(measure, "_at_once", lambda new, *args: [list(new)] if new else [])
+    monkeypatch.setattr(cache, "describe", lambda device: {"type": device.type})
+
+    def timed(*args: object) -> list[Measured]:
+        asked.append(dataclasses.replace(TIMES, whole=bool(asked)))
+        return asked[-1:]
+
+    monkeypatch.setattr(measure, "measure", timed)
     kind = Kind(N, K, 128, "uint4b8", False, False, torch.bfloat16, "Inner")
-    kept = [measure.known_or_measured({kind: [layer("cpu")]}, lambda kernel: [], Cache(tmp_path))[kind] for _ in range(3)]
-    assert [times.whole for times in kept] == [False, True, True]
+    seen = []
+    for _ in range(3):
+        measure.known_or_measured({kind: [layer(device)]}, lambda kernel: [], Cache(tmp_path))
+        seen.append(len(asked))
+    assert seen == measured_anew
 
 
 def test_times_of_layers_that_caches_may_hold_are_for_as_few_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

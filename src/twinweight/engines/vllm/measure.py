@@ -64,8 +64,8 @@ def known_or_measured(
     for kinds in _at_once(new, lossy, most):
         times = measure([new[kind] for kind in kinds], lossy, SECONDS / len(new), most)
         for kind, found[kind] in zip(kinds, times, strict=True):
-            # What the time limit cut short is measured anew at the next start, when its kernels are compiled.
-            if store is not None and found[kind].whole:
+            # What the time limit cut short is measured anew at the next start, when its kernels are compiled; a CPU has none.
+            if store is not None and (found[kind].whole or new[kind][0].device.type == "cpu"):
                 store.write(_key_of(kind, new[kind], most), new[kind][0].device, found[kind], vllm=vllm)
     return found
 
