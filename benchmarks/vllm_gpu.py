@@ -63,6 +63,16 @@ def weightless(model: str, backend: str, mode: str, **more: Any) -> Iterator[Any
         )  # fmt: skip
 
 
+def of_a_server(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of what looks into one server, off or on: out, model, mode and linear_backend."""
+    cli = argparse.ArgumentParser(description=description)
+    cli.add_argument("out", type=Path)
+    cli.add_argument("--model", default="llama-3.1-8b")
+    cli.add_argument("--mode", choices=("off", "on"), required=True)
+    cli.add_argument("--linear-backend", default="auto")
+    return cli
+
+
 def point(text: str) -> tuple[int, int]:
     """(prompt tokens, requests at once) of "2048x32"."""
     prompt, requests = text.split("x")

@@ -8,16 +8,14 @@ one or another. This sets TORCHINDUCTOR_DETERMINISTIC=1, which takes the same on
 "kernels": in a step, "kernels_ms": their time, "int4_ms": of it in the int4 kernel}]}. Weightless models, as `vllm_gpu.py`.
 """
 
-import argparse
 import json
 import os
 import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from vllm_gpu import weightless
+from vllm_gpu import of_a_server, weightless
 
 from twinweight.engines.vllm import arm, bench, compat
 
@@ -68,11 +66,7 @@ def measure(llm: Any, concurrency: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__)
-    cli.add_argument("out", type=Path)
-    cli.add_argument("--model", default="llama-3.1-8b")
-    cli.add_argument("--mode", choices=("off", "on"), required=True)
-    cli.add_argument("--linear-backend", default="auto")
+    cli = of_a_server(__doc__)
     cli.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     a = cli.parse_args()
     os.environ |= arm.DEFAULTS

@@ -8,7 +8,6 @@ leaves it less. Adds to OUT.json: {"environment", "records": [{"model", "mode", 
 Weightless models, as `vllm_gpu.py`.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -17,10 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from vllm_gpu import weightless
+from vllm_gpu import of_a_server, weightless
 
 from twinweight.engines.vllm import arm, bench, compat
 
@@ -68,11 +66,7 @@ def block(llm: Any, sensors: Sensors, prompt: int, output_tokens: int, rest_s: f
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__)
-    cli.add_argument("out", type=Path)
-    cli.add_argument("--model", default="llama-3.1-8b")
-    cli.add_argument("--mode", choices=("off", "on"), required=True)
-    cli.add_argument("--linear-backend", default="auto")
+    cli = of_a_server(__doc__)
     cli.add_argument("--prompts", type=int, nargs="+", default=[2048])
     a = cli.parse_args()
     os.environ |= arm.DEFAULTS

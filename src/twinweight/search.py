@@ -110,21 +110,22 @@ class Search:
     def around_takeovers(self) -> Measured:
         """Time the sizes around takeovers, and return all times."""
         started = time.perf_counter() - self._spent
-        surpassed = self._surpassed()
-        again: set[int] = set()
+        surpassed, on_cpu = self._surpassed(), self.device.type == "cpu"
+        sure: set[tuple[int, str]] = set()
         for _ in range(_ROUNDS):
             measured = _joined(self.found, self.n)
             routes = [(choices, measured.pieces(choices)) for choices in self._orders(surpassed)]
             rivals = _around_takeovers(measured, routes)
-            if self.device.type == "cpu":
-                ends = _ends(measured, routes)
-                rivals = {m: rivals.get(m, set()) | ends.get(m, set()) for m in {*rivals, *ends} - again}
-                again |= rivals.keys()
-            looked_into = _contested(measured, routes) if self.device.type != "cpu" else set()
-            for m in sorted(rivals.keys() | looked_into):
+            if on_cpu:
+                for m, paths in _ends(measured, routes).items():
+                    if not sure.issuperset((m, path) for path in paths):
+                        rivals.setdefault(m, set()).update(paths)
+                sure |= {(m, path) for m, paths in rivals.items() for path in paths}
+            for m in sorted(rivals.keys() | (set() if on_cpu else _contested(measured, routes))):
                 if time.perf_counter() - started > self.seconds:
                     return replace(_joined(self.found, self.n), whole=False)
-                self._time(m, set(self.variants) - rivals[m] if self.device.type == "cpu" else self._behind(m) | surpassed)
+                left_out = set(self.variants) - rivals[m] if on_cpu else self._behind(m) | surpassed
+                self._time(m, left_out, _BRIEF if on_cpu and m > _STEPPED else None)
         return replace(_joined(self.found, self.n), whole=self.whole)
 
     @property
@@ -140,10 +141,9 @@ class Search:
         slower = max(t.min / at[c].min for c, t in times.items())
         self.found[max(self.found)] = {c: times[c] if c in times else t.times(slower) for c, t in at.items()}
 
-    def _time(self, m: int, left_out: Collection[str]) -> None:
+    def _time(self, m: int, left_out: Collection[str], patience: float | None = None) -> None:
         near = {c: call for c, call in self.variants.items() if c not in left_out}
         before = self.found.get(m) or {c: _between(self.found, self.n, c, m) for c in left_out}
-        patience = _BRIEF if self.device.type == "cpu" and len(self.found) > len(GRID["cpu"]) and m > _STEPPED else None
         times = time_rows(near, m, self.k, self.dtype, self.device, wrap=self.wraps(m), patience=patience)
         self.found[m] = {**before, **{c: min(t, before.get(c, t), key=lambda t: t.min) for c, t in times.items()}}
 

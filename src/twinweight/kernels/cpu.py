@@ -102,7 +102,7 @@ def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     blocks = w.packed.view(-1, cols, size // 2)[first // size : -(-last // size)]
     order = w.perm.long() if w.perm is not None else slice(w.k)
     as_they_lie = w.perm is None and cols == w.k
-    scales, zeros = w.scales[:, first:].permute(2, 1, 0).unsqueeze(-1).contiguous()  # [N', groups, 1] each
+    scales, zeros = w.scales[:, first:last].permute(2, 1, 0).unsqueeze(-1).contiguous()  # [last - first, groups, 1] each
     shifted = bool(zeros.any())
     if shifted or out.dtype != scales.dtype:
         scales, zeros = scales.float(), zeros.float()
