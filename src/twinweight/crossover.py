@@ -180,8 +180,11 @@ def variants(shape: Shape, n: int, names: Sequence[str]) -> dict[str, Callable[[
         kind = name.removeprefix("twin:")
         count = rotation(shape.device, twin.nbytes(kind, n, shape.k, shape.device))
         twins = [twin.empty(kind, n, shape.k, shape.device) for _ in range(count)]
-        for one in twins:
-            twin.fill(kernels[0], *one)
+        twin.fill(kernels[0], *twins[0])
+        for other in twins[1:]:
+            for values, filled in zip(other, twins[0], strict=True):
+                if values is not None and filled is not None:
+                    values.copy_(filled)  # an 8-bit twin takes several times as long to fill
         if kind == "int8" and n < shape.n:
             slices = [int8_slice(data, scales, n / shape.n) for data, scales in twins if scales is not None]
             found[name] = rotating(count, lambda i, x, slices=slices: slices[i](x))  # type: ignore[misc]
