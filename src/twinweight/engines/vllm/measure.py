@@ -31,7 +31,7 @@ log = logging.getLogger("vllm.twinweight")
 
 SECONDS = 15.0
 """What a start-up may spend on measuring, all kinds of layers together: beside Machete an H200 takes 8 s for llama-3.1-8b
-and 11 for qwen3-32b, a third of it under load and as much for first calls (`h200-start-up.json`), CPUs take 4 to 12. A kernel's
+and 11 for qwen3-32b, a third of it under load and as much for first calls (`h200-start-up.json`), CPUs take 4 to 14. A kernel's
 first call is not counted: humming compiles all it has there, as a server does sooner or later.
 """
 
