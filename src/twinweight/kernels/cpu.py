@@ -109,7 +109,7 @@ def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
     step = max(1, _EXPANDED // (cols * size))
     for at in range(0, blocks.shape[0], step):
         part = slice(at * size, min((at + step) * size, last - first))
-        values = _signed(blocks[at : at + step])[: part.stop - part.start]
+        values = _values(blocks[at : at + step])[: part.stop - part.start].view(torch.int8).sub_(SYMMETRIC_ZERO)
         rows = out[part] if as_they_lie else torch.empty(values.shape, dtype=out.dtype)
         values, dense = (t.view(len(t), -1, w.group_size) for t in (values, rows))
         scale = scales[part]
@@ -122,15 +122,15 @@ def expand_rows(w: KernelWeight, first: int, last: int, out: Tensor) -> None:
             out[part, order] = rows[:, : w.k]
 
 
-def _signed(blocks: Tensor) -> Tensor:
-    """Blocks [B, K', rows / 2] of ATen's layout -> int8 [B * rows, K'], q - 8. In few passes over bytes: that is most of the
-    time of an expansion.
+def _values(blocks: Tensor) -> Tensor:
+    """Blocks [B, K', rows / 2] of ATen's layout -> uint8 [B * rows, K']. In few passes over bytes: that is most of the time of
+    an expansion.
     """
     size, low, high = _block()
     pairs = blocks.transpose(1, 2).contiguous()
     values = torch.empty(len(pairs), size, pairs.shape[2], dtype=torch.uint8)
     values[:, low], values[:, high] = pairs & 15, pairs >> 4
-    return values.view(torch.int8).sub_(SYMMETRIC_ZERO).flatten(0, 1)
+    return values.flatten(0, 1)
 
 
 def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weight:
@@ -138,13 +138,7 @@ def unprepare(w: KernelWeight, *, symmetric: bool, group_size: int) -> Int4Weigh
 
     Zero points come back exactly: the rounding of `zero` is smaller than half a step.
     """
-    size, low, high = _block()
-    cols = w.packed.shape[1] * 2
-    values = torch.empty(w.packed.shape[0], w.k, dtype=torch.uint8)
-    for block, pairs in enumerate(w.packed.view(-1, cols, size // 2)):
-        tile = values[block * size : (block + 1) * size]
-        tile[low], tile[high] = pairs.T[:, : w.k] & 15, pairs.T[:, : w.k] >> 4
-    values = values[: w.n]
+    values = _values(w.packed.view(-1, w.packed.shape[1] * 2, _block()[0] // 2))[: w.n, : w.k]
     repeat = w.scales.shape[0] * group_size // w.k if group_size < w.k else w.scales.shape[0]
     scale, zero = w.scales[::repeat, : w.n].permute(2, 1, 0).contiguous()
     zeros = None

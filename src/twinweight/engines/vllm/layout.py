@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twinweight.engines.vllm.wrapped import Wrapped
+from twinweight.weight import unpack_nibbles
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ class CpuLayout:
 
     def zero_points(self) -> Tensor | None:
         """uint8 [K/G, N], or None where all are 8."""
-        if self.zeros is None:
-            return None
-        data = self.zeros.contiguous().view(torch.uint8)
-        return torch.stack((data & 15, data >> 4), -1).flatten(1)
+        return None if self.zeros is None else unpack_nibbles(self.zeros)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """[N, K]. The kernel rounds (q - z) * s to the activation dtype before its GEMM, and so must a wider twin."""

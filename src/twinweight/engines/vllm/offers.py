@@ -55,9 +55,9 @@ _SPARED = 1.1
 
 
 def forms_of(kernel: Wrapped, lossy: Sequence[str]) -> tuple[Form, ...]:
-    """What a layer could have: twins, an own copy, or both."""
-    device = kernel.device
-    twins = {kind: twin.nbytes(kind, kernel.n, kernel.k, device) for kind in (dense_kind(kernel), *lossy)}
+    """What a layer could have: twins, an own copy, or both; an output head, whose calls have few rows, no twin."""
+    device, kinds = kernel.device, () if most_rows(kernel) else (dense_kind(kernel), *lossy)
+    twins = {kind: twin.nbytes(kind, kernel.n, kernel.k, device) for kind in kinds}
     copy = own.nbytes(kernel) if own.can_have(kernel) else None
     return forms(copy, twins, _ORDER if device.type != "cpu" else ((OWN, Path.INT4), (INT4, Path.INNER)))
 
@@ -117,10 +117,9 @@ def offer(
 
     measured: its times; None where there are none: then a twin serves from `rows` rows on, or where that is None there is no
     twin. least: decode kernels serve all calls of fewer rows. lossy: kinds of 8-bit twins that were asked for. layers: as in
-    `costs`. An output head, whose calls have few rows, has no twin.
+    `costs`.
     """
-    most = most_rows(kernel)
-    offered = tuple(f for f in forms_of(kernel, lossy) if not (most and f.is_twin))
+    offered, most = forms_of(kernel, lossy), most_rows(kernel)
     if measured is not None:
         return costs(measured, offered, kernel.n, least, on_gpu=kernel.device.type != "cpu", most=most, layers=layers)
     given = tuple(f for f in offered if not f.paths) if rows is not None else ()
